@@ -1,0 +1,410 @@
+"""Blocks: which sub-matrices of a weight are trained. Pure PyTorch; everything else in the package speaks this noun.
+
+A weight of shape `(rows, cols)` = `(out_features, in_features)` is tiled by blocks of one shape. A horizontal band of
+blocks is a *row stripe*, a vertical one a *column stripe*; a block is named by its `(row stripe, column stripe)`.
+Blocks at the right and lower edge may be ragged: they are stored padded with zeros to the full shape, and the padding
+is never counted.
+
+Shape suffixes used below: B blocks, R row stripes, C column stripes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """The tiling of one `(rows, cols)` weight in blocks of `(block_rows, block_cols)`."""
+
+    rows: int
+    cols: int
+    block_rows: int
+    block_cols: int
+
+    def __post_init__(self):
+        for name in ("rows", "cols", "block_rows", "block_cols"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"BlockGrid.{name} must be a positive int, got {value!r}")
+
+    @classmethod
+    def fit(cls, shape: tuple[int, int], block_size: int | tuple[int, int]) -> BlockGrid:
+        """The grid of a `(rows, cols)` matrix for a block size.
+
+        Args:
+            shape: `(rows, cols)` of the matrix.
+            block_size: side of a square block or `(rows, cols)` of a block; `-1` stands for the whole side, and a side
+                larger than the matrix is clipped to it.
+        """
+        sides = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+        fitted = [full if side == -1 else min(side, full) for side, full in zip(sides, shape, strict=True)]
+        return cls(int(shape[0]), int(shape[1]), *fitted)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.cols
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        return self.block_rows, self.block_cols
+
+    @property
+    def row_stripes(self) -> int:
+        return math.ceil(self.rows / self.block_rows)
+
+    @property
+    def col_stripes(self) -> int:
+        return math.ceil(self.cols / self.block_cols)
+
+    @property
+    def stripes(self) -> tuple[int, int]:
+        """`(row stripes, column stripes)`: the shape of a score grid."""
+        return self.row_stripes, self.col_stripes
+
+    @property
+    def num_blocks(self) -> int:
+        return self.row_stripes * self.col_stripes
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def is_ragged(self) -> bool:
+        return self.rows % self.block_rows != 0 or self.cols % self.block_cols != 0
+
+    @property
+    def transposed(self) -> BlockGrid:
+        return BlockGrid(self.cols, self.rows, self.block_cols, self.block_rows)
+
+    def heights(self) -> Tensor:
+        """Rows of the weight in each row stripe, int64 `(R,)`."""
+        return _extents(self.rows, self.block_rows)
+
+    def widths(self) -> Tensor:
+        """Columns of the weight in each column stripe, int64 `(C,)`."""
+        return _extents(self.cols, self.block_cols)
+
+    def effective_sizes(self) -> Tensor:
+        """Weights in each block without padding, int64 `(R, C)`."""
+        return self.heights()[:, None] * self.widths()[None, :]
+
+    def effective_numel(self, blocks: Tensor) -> int:
+        """Weights covered by `blocks` `(B, 2)`, padding not counted."""
+        blocks = blocks.long().cpu()
+        return int((self.heights()[blocks[:, 0]] * self.widths()[blocks[:, 1]]).sum())
+
+    def all_blocks(self) -> Tensor:
+        """Every block in row-major order, int32 `(R*C, 2)`."""
+        return self.unflatten(torch.arange(self.num_blocks))
+
+    def flatten(self, blocks: Tensor) -> Tensor:
+        """Row-major number of each block, int64 `(B,)`."""
+        return blocks[:, 0].long() * self.col_stripes + blocks[:, 1].long()
+
+    def unflatten(self, flat: Tensor) -> Tensor:
+        """Inverse of `flatten`: int32 `(B, 2)`, sorted and without duplicates."""
+        flat = torch.unique(flat.long())
+        return torch.stack((flat // self.col_stripes, flat % self.col_stripes), dim=1).to(torch.int32)
+
+    def check_blocks(self, blocks: Tensor, name: str) -> None:
+        """Raise `ValueError`, naming the module `name`, unless `blocks` is int32 `(B, 2)`, sorted, unique, in range."""
+        repair = "the file or selection is damaged or was made for another model; make it again with select_blocks"
+        if blocks.dtype != torch.int32:
+            raise ValueError(f"{name}: block coordinates must be int32, got {blocks.dtype}; {repair}")
+        if blocks.ndim != 2 or blocks.shape[1] != 2:
+            raise ValueError(f"{name}: block coordinates must have shape (num_blocks, 2), got "
+                             f"{tuple(blocks.shape)}; {repair}")
+        if blocks.numel() == 0:
+            return
+        limit = torch.tensor(self.stripes, device=blocks.device)
+        outside = (blocks < 0) | (blocks >= limit)
+        if bool(outside.any()):
+            first = blocks[outside.any(dim=1)][0].tolist()
+            raise ValueError(f"{name}: block {tuple(first)} lies outside the grid of {self.row_stripes} x "
+                             f"{self.col_stripes} blocks; {repair}")
+        steps = self.flatten(blocks).diff()
+        if bool((steps == 0).any()):
+            raise ValueError(f"{name}: a block is listed twice; {repair}")
+        if bool((steps < 0).any()):
+            raise ValueError(f"{name}: blocks are not sorted by (row, column); {repair}")
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.cols} in blocks of {self.block_rows} x {self.block_cols}"
+
+
+def _extents(size: int, step: int) -> Tensor:
+    lengths = torch.full((math.ceil(size / step),), step, dtype=torch.int64)
+    lengths[-1] = size - step * (len(lengths) - 1)
+    return lengths
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """Chosen blocks of one matrix, with the index tensors that the operations need, each computed once.
+
+    Args:
+        grid: the tiling.
+        blocks: int32 `(B, 2)` block coordinates, sorted, unique and in range (`BlockGrid.check_blocks` proves it);
+            the derived tensors live on its device.
+    """
+
+    grid: BlockGrid
+    blocks: Tensor
+
+    def __len__(self) -> int:
+        return self.blocks.shape[0]
+
+    @cached_property
+    def block_rows(self) -> Tensor:
+        """Row stripe of each block, int64 `(B,)`."""
+        return self.blocks[:, 0].long().contiguous()
+
+    @cached_property
+    def block_cols(self) -> Tensor:
+        """Column stripe of each block, int64 `(B,)`."""
+        return self.blocks[:, 1].long().contiguous()
+
+    @cached_property
+    def effective_numel(self) -> int:
+        return self.grid.effective_numel(self.blocks)
+
+    @cached_property
+    def touched_cols(self) -> Tensor:
+        """Column stripes that hold a chosen block, sorted int64 `(U,)`."""
+        return torch.unique(self.block_cols)
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """Union of the columns of the weight that the blocks touch, sorted int64."""
+        return _stripe_members(self.touched_cols, self.grid.block_cols, self.grid.cols)
+
+    @cached_property
+    def packed(self) -> BlockLayout:
+        """The same blocks over the touched columns only: `x[:, columns]` goes with it as `x` goes with this layout."""
+        grid = BlockGrid(self.grid.rows, self.columns.numel(), *self.grid.block_shape)
+        local = torch.searchsorted(self.touched_cols, self.block_cols)
+        return BlockLayout(grid, torch.stack((self.block_rows, local), dim=1).to(torch.int32))
+
+    @cached_property
+    def transposed(self) -> BlockLayout:
+        """The layout of the transposed matrix; blocks keep their order, so they are *not* sorted by row there."""
+        return BlockLayout(self.grid.transposed, self.blocks.flip(1))
+
+    @cached_property
+    def segments(self) -> Tensor:
+        """Where each row of each block starts in `weight.view(-1, block_cols)`, int64 `(B * block_rows,)`.
+
+        Only for a grid that is not ragged.
+        """
+        grid = self.grid
+        first = self.block_rows * grid.block_rows * grid.col_stripes + self.block_cols
+        within = torch.arange(grid.block_rows, device=first.device) * grid.col_stripes
+        return (first[:, None] + within[None, :]).reshape(-1)
+
+    @cached_property
+    def elements(self) -> tuple[Tensor, Tensor]:
+        """For a ragged grid: position of every real element in the packed blocks and in the flat weight, int64."""
+        grid = self.grid
+        rows = self.block_rows[:, None] * grid.block_rows + torch.arange(grid.block_rows, device=self.blocks.device)
+        cols = self.block_cols[:, None] * grid.block_cols + torch.arange(grid.block_cols, device=self.blocks.device)
+        inside = ((rows < grid.rows)[:, :, None] & (cols < grid.cols)[:, None, :]).reshape(-1)
+        flat = (rows[:, :, None] * grid.cols + cols[:, None, :]).reshape(-1)
+        return inside.nonzero().squeeze(1), flat[inside]
+
+    def padding_mask(self) -> Tensor:
+        """True where a packed block holds an element of the weight, bool `(B, block_rows, block_cols)`."""
+        inside = torch.zeros(len(self) * self.grid.block_rows * self.grid.block_cols, dtype=torch.bool,
+                             device=self.blocks.device)
+        inside[self.elements[0]] = True
+        return inside.view(len(self), *self.grid.block_shape)
+
+    def mask(self) -> Tensor:
+        """True on the chosen blocks, bool `(rows, cols)`."""
+        grid = self.grid
+        chosen = torch.zeros(grid.stripes, dtype=torch.bool, device=self.blocks.device)
+        chosen[self.block_rows, self.block_cols] = True
+        rows = torch.arange(grid.rows, device=chosen.device) // grid.block_rows
+        cols = torch.arange(grid.cols, device=chosen.device) // grid.block_cols
+        return chosen[rows][:, cols]
+
+
+def _stripe_members(stripes: Tensor, width: int, limit: int) -> Tensor:
+    members = (stripes[:, None] * width + torch.arange(width, device=stripes.device)).reshape(-1)
+    return members[members < limit]
+
+
+@dataclass(eq=False)
+class BlockSelection:
+    """The chosen blocks of a model: data that can be saved, drawn, compared, combined and handed to another run.
+
+    Args:
+        blocks: per module name (as in `model.named_modules()` of the base model) the chosen blocks, int32 `(B, 2)`
+            sorted `(row stripe, column stripe)`. A module without a chosen block is left out.
+        grids: the tiling of every module that could have been chosen, so of at least those in `blocks`.
+        scores: optionally the score of every block, fp32 `(R, C)` per module.
+        provenance: how the selection came about (score, batches, seed, fingerprints): JSON values.
+
+    Raises:
+        ValueError: blocks are not sorted, unique, int32 and inside their grid; a module has no grid; a score grid has
+            the wrong shape or a value that is not finite.
+    """
+
+    blocks: dict[str, Tensor]
+    grids: dict[str, BlockGrid]
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.blocks:
+            raise ValueError("a selection without a single block trains nothing; raise density or num_blocks")
+        for name, blocks in self.blocks.items():
+            if name not in self.grids:
+                raise ValueError(f"{name}: the selection has blocks but no grid for this module; pass its BlockGrid")
+            self.grids[name].check_blocks(blocks, name)
+            if len(blocks) == 0:
+                raise ValueError(f"{name}: an empty list of blocks; leave the module out instead")
+        for name, score in self.scores.items():
+            if name not in self.grids or tuple(score.shape) != self.grids[name].stripes:
+                raise ValueError(f"{name}: kept scores of shape {tuple(score.shape)} do not fit the module's grid; "
+                                 "make the selection again with select_blocks")
+            if not bool(torch.isfinite(score).all()):
+                raise ValueError(f"{name}: kept scores hold a value that is not finite; make the selection again")
+
+    def layout(self, name: str) -> BlockLayout:
+        return BlockLayout(self.grids[name], self.blocks[name])
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(len(blocks) for blocks in self.blocks.values())
+
+    @property
+    def effective_numel(self) -> int:
+        """Trained weights, padding not counted."""
+        return sum(self.grids[name].effective_numel(blocks) for name, blocks in self.blocks.items())
+
+    @property
+    def density(self) -> float:
+        """Trained weights as a share of the weights of all targeted modules."""
+        return self.effective_numel / sum(grid.numel for grid in self.grids.values())
+
+    def stripe_coverage(self) -> tuple[float, float]:
+        """Share of the row stripes, and of the column stripes, of all targeted modules that hold a chosen block."""
+        rows = sum(len(torch.unique(blocks[:, 0])) for blocks in self.blocks.values())
+        cols = sum(len(torch.unique(blocks[:, 1])) for blocks in self.blocks.values())
+        grids = self.grids.values()
+        return rows / sum(grid.row_stripes for grid in grids), cols / sum(grid.col_stripes for grid in grids)
+
+    def summary(self) -> str:
+        """One line: modules reached, blocks, share of weights, and share of row and column stripes."""
+        rows, cols = self.stripe_coverage()
+        return (f"{self.num_blocks} blocks in {len(self.blocks)} of {len(self.grids)} modules, "
+                f"{self.density:.2%} of their weights ({self.effective_numel:,}), reaching {rows:.0%} of the row "
+                f"stripes and {cols:.0%} of the column stripes")
+
+    def __eq__(self, other: object) -> bool:
+        """Same blocks on the same grids; scores and provenance may differ."""
+        if not isinstance(other, BlockSelection):
+            return NotImplemented
+        return self.blocks.keys() == other.blocks.keys() and all(
+            self.grids[name] == other.grids[name] and torch.equal(blocks.cpu(), other.blocks[name].cpu())
+            for name, blocks in self.blocks.items()
+        )
+
+    __hash__ = None
+
+    def __or__(self, other: BlockSelection) -> BlockSelection:
+        """Blocks in either selection."""
+        return self._combine(other, lambda mine, theirs: torch.cat((mine, theirs)))
+
+    def __and__(self, other: BlockSelection) -> BlockSelection:
+        """Blocks in both selections. Raises `ValueError` when there is none."""
+        return self._combine(other, lambda mine, theirs: mine[torch.isin(mine, theirs)])
+
+    def __sub__(self, other: BlockSelection) -> BlockSelection:
+        """Blocks of this selection that the other lacks. Raises `ValueError` when none is left."""
+        return self._combine(other, lambda mine, theirs: mine[~torch.isin(mine, theirs)])
+
+    def _combine(self, other: BlockSelection, pick) -> BlockSelection:
+        grids = {**other.grids, **self.grids}
+        for name in self.grids.keys() & other.grids.keys():
+            if self.grids[name] != other.grids[name]:
+                raise ValueError(f"{name}: the selections tile this module differently ({self.grids[name]} and "
+                                 f"{other.grids[name]}); make both with the same block_size")
+        none = torch.empty(0, dtype=torch.int64)
+        combined = {}
+        for name in dict.fromkeys((*self.blocks, *other.blocks)):
+            grid = grids[name]
+            mine, theirs = (grid.flatten(s.blocks[name].cpu()) if name in s.blocks else none for s in (self, other))
+            chosen = pick(mine, theirs)
+            if len(chosen):
+                combined[name] = grid.unflatten(chosen)
+        return BlockSelection(combined, grids)
+
+    def save(self, path: str | Path) -> None:
+        """Write the selection as a safetensors file: blocks, kept scores, grids and provenance."""
+        tensors = {f"blocks:{name}": blocks.cpu().contiguous() for name, blocks in self.blocks.items()}
+        tensors |= {f"scores:{name}": score.float().cpu().contiguous() for name, score in self.scores.items()}
+        header = {"format": _FORMAT, "grids": {name: asdict(grid) for name, grid in self.grids.items()},
+                  "provenance": self.provenance}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Written aside and renamed: a run killed here leaves the old file or the new one, never half of one.
+        aside = path.with_name(path.name + ".part")
+        save_file(tensors, aside, metadata={_HEADER: json.dumps(header)})
+        aside.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> BlockSelection:
+        """Read and check a file written by `save`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, no selection, or holds blocks that cannot be; names the module.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no selection file at {path}; make one with select_blocks(...).save(...) "
+                                    "or `smt select run.yaml`")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator of its own)
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} cannot be read as a selection ({error}); it is truncated or no safetensors file, "
+                             "make it again with select_blocks") from error
+        if not isinstance(header, Mapping) or header.get("format") != _FORMAT:
+            raise ValueError(f"{path} is no selection file of a format known here ({_FORMAT}); make it again with "
+                             "select_blocks")
+        try:
+            grids = {name: BlockGrid(**grid) for name, grid in header["grids"].items()}
+            return cls(_with_prefix(tensors, "blocks:"), grids, _with_prefix(tensors, "scores:"),
+                       dict(header.get("provenance") or {}))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+_FORMAT = "smt-selection-1"
+_HEADER = "smt_selection"
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def share_of_columns(layouts: Iterable[BlockLayout]) -> float:
+    """Touched columns of all layouts over their columns: what activations saved for backward shrink to."""
+    layouts = list(layouts)
+    return sum(layout.columns.numel() for layout in layouts) / sum(layout.grid.cols for layout in layouts)

@@ -1,0 +1,84 @@
+"""The command line: `smt train`, `smt select`, `smt merge`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns the exit status: 0, 1 when a verification failed, 2 for an error in what was given."""
+    args = _parser().parse_args(argv)
+    # Imported late, so that `smt --help` answers at once.
+    from .training.errors import ConfigError, VerificationError
+
+    try:
+        args.verb(args)
+    except ConfigError as error:
+        if args.traceback:
+            raise
+        print(f"smt {args.name}: {error}", file=sys.stderr)
+        return 2
+    except VerificationError as error:
+        if args.traceback:
+            raise
+        print(f"smt {args.name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="smt", description="Fine-tune a model by training chosen blocks of its weights.")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    for verb, text in ((_train, "select blocks, train, evaluate, save and verify"),
+                       (_select, "choose blocks and save them, without training")):
+        name = verb.__name__.removeprefix("_")
+        sub = _verb(verbs, name, verb, text)
+        sub.add_argument("config", metavar="RUN.yaml", help="the run; see configs/")
+        sub.add_argument("overrides", nargs="*", metavar="key=value",
+                         help="replaces a key of the YAML: learning_rate=2e-4, smt.density=0.02")
+    sub = _verb(verbs, "merge", _merge, "write base + adapter as a plain checkpoint")
+    sub.add_argument("adapter", metavar="ADAPTER", help="directory of a saved adapter")
+    sub.add_argument("out", metavar="OUT", help="directory for the merged model; new or empty")
+    return parser
+
+
+def _verb(verbs, name: str, function, text: str) -> argparse.ArgumentParser:
+    sub = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    sub.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    sub.set_defaults(verb=function, name=name)
+    return sub
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .training.schema import load_run
+
+    run = load_run(args.config, args.overrides)
+    from .training.run import train
+
+    train(run)
+
+
+def _select(args: argparse.Namespace) -> None:
+    from .training.schema import load_run
+
+    run = load_run(args.config, args.overrides)
+    from .training.run import select
+
+    select(run)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from .export.merge import merge_adapter
+    from .training.errors import ConfigError
+
+    try:
+        merge_adapter(args.adapter, args.out)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    print(f"merged {args.adapter} into {args.out}; load it with transformers' from_pretrained")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""`SMTConfig`: every setting of the tuner, with its range. No tensors, no kernels."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from .blocks import BlockGrid, BlockSelection
+
+SCORES = ("grad_abs", "grad_sum_abs", "mean_abs", "grad_sq", "taylor", "activation", "magnitude",
+          "low_rank_magnitude", "random", "diagonal")
+DATA_FREE_SCORES = ("magnitude", "low_rank_magnitude", "random", "diagonal")
+BUDGETS = ("global", "per_module", "per_layer")
+SPREADS = ("free", "capped", "assignment")
+FORWARDS = ("auto", "additive", "swap", "overlay")
+MIN_AUTO_SIDE, MAX_AUTO_SIDE = 4, 256
+DEFAULT_DENSITY = 0.01
+CALLABLE_PREFIX = "callable:"
+
+
+@dataclass
+class SMTConfig(PeftConfig):
+    """Settings of Sparse Matrix Tuning (He et al., ICLR 2025, arXiv 2405.15525): which blocks of which weights train.
+
+    Args:
+        target_modules: names, a regex, or `"all-linear"` (every linear layer but the output head), as in PEFT; None
+            takes PEFT's own list for the model's architecture.
+        exclude_modules: names or a regex that are left out.
+        block_size: side of a square block, `(rows, cols)` of a block, or `"auto"`: the largest power of two that is at
+            most `density` times the matrix's shorter side, between 4 and 256, so that one matching reaches every
+            stripe. `-1` means the whole side: `(-1, 1)` is one input column, `(1, -1)` one output row. A side larger
+            than the matrix is clipped to it.
+        density: trained share of the targeted weights, in (0, 1]. Exactly one of `density` and `num_blocks`; 0.01
+            when neither is given.
+        num_blocks: number of blocks within each scope of the budget.
+        score: how a block is ranked; one of `grad_abs` (mean over batches of |g|), `grad_sum_abs` (|sum of g|),
+            `mean_abs` (|mean of signed g|), `grad_sq` (mean of g squared), `taylor` (|w g|), `activation` (per input
+            column), `magnitude` (|w|), `low_rank_magnitude` (|w| after rank reduction), `random`, `diagonal`; or a
+            callable `(weight, grad) -> scores`, all of shape `(out_features, in_features)`.
+        budget: within what the best blocks are taken: `"global"`, `"per_module"`, `"per_layer"`, or a
+            `{regex: share}` map that gives the modules matching each regex their share of the whole budget.
+        spread: how chosen blocks lie in a matrix: `"free"`; `"capped"`, as few per row and column stripe as the budget
+            allows; `"assignment"`, rounds of maximum-weight matching with at most one block per row stripe and column
+            stripe in a round.
+        max_column_share: at most this share of a matrix's column stripes holds blocks, in (0, 1]. Fewer columns mean
+            fewer activations kept for the backward pass.
+        max_lora_rank: keeps the rank of every matrix's delta at or below this, so that it has an exact LoRA form.
+        selection: a `BlockSelection` or the path of one. Runtime only: never written into the saved config.
+        block_pattern: `{module: [num_blocks, rows, cols]}`, filled in when blocks are chosen; it fixes the shapes of
+            an adapter before its weights are read.
+        forward: `"auto"`, or `"additive"` or `"swap"` by name; `"overlay"` serves quantised bases.
+        init_weights: True starts from the base model (delta zero); False draws small random deltas, for tests.
+        fan_in_fan_out: whether targets store `(in_features, out_features)`. Detected per layer; kept for PEFT.
+        modules_to_save: modules trained in full and saved with the adapter.
+        layers_to_transform: indices of the layers to tune.
+        layers_pattern: name of the layer list, for `layers_to_transform`.
+        target_parameters: not supported yet: a value is refused rather than left untrained.
+        trainable_token_indices: rows of the token embedding trained besides the blocks, as in PEFT.
+        seed: seed of `random` and of tie-breaks.
+        base_fingerprint: a few weights of the base the blocks belong to, checked when an adapter is loaded.
+
+    Raises:
+        ValueError: a value is out of its range or contradicts another; the message names the field and the repair.
+    """
+
+    target_modules: list[str] | str | None = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    block_size: int | list[int] | Literal["auto"] = "auto"
+    density: float | None = None
+    num_blocks: int | None = None
+    score: str | Callable = "grad_abs"
+    budget: str | dict[str, float] = "per_module"
+    spread: Literal["free", "capped", "assignment"] = "assignment"
+    max_column_share: float | None = None
+    max_lora_rank: int | None = None
+    selection: BlockSelection | str | None = field(default=None, repr=False, metadata={"runtime": True})
+    block_pattern: dict[str, list[int]] | None = None
+    forward: Literal["auto", "additive", "swap", "overlay"] = "auto"
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    seed: int = 0
+    base_fingerprint: dict[str, list[float]] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.SMT
+        self._check_targets()
+        self._check_amount()
+        self._check_choice()
+        self._check_runtime()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that are saved: everything but `selection`; a callable score by its name."""
+        settings = asdict(copy_without(self, "selection"))
+        settings.pop("selection")
+        settings["score"] = self.score_name
+        return settings
+
+    def copy(self) -> SMTConfig:
+        """A shallow copy that shares the selection."""
+        return copy.copy(self)
+
+    @property
+    def score_name(self) -> str:
+        if isinstance(self.score, str):
+            return self.score
+        return CALLABLE_PREFIX + getattr(self.score, "__qualname__", type(self.score).__name__)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the score looks at gradients or activations."""
+        return self.score not in DATA_FREE_SCORES
+
+    @property
+    def plan(self) -> Any:
+        """The settled blocks while an adapter is being injected (`tuner.plan.Plan`), else None."""
+        return self.__dict__.get("_plan")
+
+    def attach_plan(self, plan: Any) -> None:
+        # No dataclass field: it is neither saved nor compared.
+        self.__dict__["_plan"] = plan
+
+    def grid(self, shape: tuple[int, int]) -> BlockGrid:
+        """The tiling of a matrix of `(out_features, in_features)` under `block_size`."""
+        if self.block_size != "auto":
+            size = self.block_size if isinstance(self.block_size, int) else tuple(self.block_size)
+            return BlockGrid.fit(shape, size)
+        side = max(MIN_AUTO_SIDE, min(MAX_AUTO_SIDE, self.density * min(shape)))
+        return BlockGrid.fit(shape, 2 ** math.floor(math.log2(side)))
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "all-linear":
+                _compile(value, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        if self.target_parameters:
+            raise ValueError("target_parameters is not supported yet, so these parameters would silently stay frozen: "
+                             f"{self.target_parameters}. Name linear layers in target_modules instead")
+
+    def _check_amount(self) -> None:
+        if self.density is None and self.num_blocks is None:
+            self.density = DEFAULT_DENSITY
+        if self.density is not None and self.num_blocks is not None:
+            raise ValueError(f"both density={self.density} and num_blocks={self.num_blocks} are set; keep one of them")
+        if self.density is not None:
+            _check_share("density", self.density)
+        elif not _is_int(self.num_blocks) or self.num_blocks < 1:
+            raise ValueError(f"num_blocks must be a positive int, got {self.num_blocks!r}")
+        self._check_block_size()
+        if self.max_column_share is not None:
+            _check_share("max_column_share", self.max_column_share)
+        if self.max_lora_rank is not None and (not _is_int(self.max_lora_rank) or self.max_lora_rank < 1):
+            raise ValueError(f"max_lora_rank must be a positive int, got {self.max_lora_rank!r}")
+
+    def _check_block_size(self) -> None:
+        size = self.block_size
+        if size == "auto":
+            if self.density is None:
+                raise ValueError("block_size='auto' follows from density, but num_blocks is set; give block_size a number, "
+                                 "e.g. 64, or set density instead of num_blocks")
+            return
+        sides = [size] if _is_int(size) else size
+        if not isinstance(sides, (list, tuple)) or len(sides) > 2 or not all(_is_int(side) for side in sides):
+            raise ValueError(f"block_size must be 'auto', an int or (rows, cols), got {size!r}")
+        if not sides or any(side < 1 and side != -1 for side in sides) or (len(sides) == 1 and not _is_int(size)):
+            raise ValueError(f"block_size must be positive, or -1 for the whole side, got {size!r}")
+        if not _is_int(size):
+            self.block_size = list(size)
+
+    def _check_choice(self) -> None:
+        if not callable(self.score) and not str(self.score).startswith(CALLABLE_PREFIX):
+            _check_name("score", self.score, SCORES)
+        _check_name("spread", self.spread, SPREADS)
+        _check_name("forward", self.forward, FORWARDS)
+        if not isinstance(self.budget, Mapping):
+            _check_name("budget", self.budget, BUDGETS)
+            return
+        if not self.budget:
+            raise ValueError("budget is an empty map; give {regex: share} entries or one of " + ", ".join(BUDGETS))
+        for pattern, share in self.budget.items():
+            _compile(pattern, "budget")
+            _check_share(f"budget[{pattern!r}]", share)
+        if sum(self.budget.values()) > 1 + 1e-9:
+            raise ValueError(f"the shares of budget add up to {sum(self.budget.values()):g}; they divide one budget, "
+                             "so lower them to at most 1 in total")
+
+    def _check_runtime(self) -> None:
+        if isinstance(self.selection, Path):
+            self.selection = str(self.selection)
+        if not isinstance(self.selection, (BlockSelection, str, type(None))):
+            raise ValueError("selection must be a BlockSelection, the path of one, or None, got "
+                             f"{type(self.selection).__name__}")
+        if not _is_int(self.seed):
+            raise ValueError(f"seed must be an int, got {self.seed!r}")
+        for name, entry in (self.block_pattern or {}).items():
+            valid = isinstance(entry, (list, tuple)) and len(entry) == 3 and all(_is_int(n) and n > 0 for n in entry)
+            if not valid:
+                raise ValueError(f"block_pattern[{name!r}] must be [num_blocks, rows, cols], three positive ints, got "
+                                 f"{entry!r}; adapter_config.json is damaged, restore it or save the adapter again")
+
+
+def copy_without(config: SMTConfig, name: str) -> SMTConfig:
+    """A shallow copy with one field set to None; `asdict` would deep-copy the tensors of a selection."""
+    clone = copy.copy(config)
+    setattr(clone, name, None)
+    return clone
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_share(name: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1 (a share, 0.01 is 1 %), got {value!r}")
+
+
+def _check_name(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown {name} {value!r}{hint} Known: {', '.join(known)}")
+
+
+def _compile(pattern: str, name: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name} {pattern!r} is no valid regular expression ({error})") from error

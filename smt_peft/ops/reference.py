@@ -1,0 +1,157 @@
+"""The operations in plain PyTorch: the truth that every faster backend is compared with, and the CPU path until then.
+
+Shape suffixes: T tokens, N out_features, K in_features, B blocks, U touched stripes, r x c the block shape.
+16-bit inputs are accumulated in fp32 and rounded once; fp64 stays fp64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..blocks import BlockLayout
+
+# From this share of a matrix's blocks on, one dense GEMM is cheaper than gathering strips for each block
+# (CPU, 512 tokens, 1024 x 1024, blocks of 8 to 128, 2026-11).
+DENSE_SHARE = 0.25
+# From this side on a block is worth a GEMM of its own on views, which copies nothing.
+LARGE_SIDE = 64
+# Strips gathered at a time: keeps the temporaries of a large selection in bounds.
+CHUNK_ELEMENTS = 1 << 24
+
+
+def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
+    """fp64 when any operand is fp64, else fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def block_gather(weight_NK: Tensor, layout: BlockLayout) -> Tensor:
+    """Copy the chosen blocks out of a matrix.
+
+    Args:
+        weight_NK: any float dtype, contiguous or the transpose of a contiguous matrix.
+
+    Returns:
+        `(B, r, c)` in the dtype of the weight; the padding of ragged blocks is zero.
+    """
+    if not weight_NK.is_contiguous() and weight_NK.t().is_contiguous():
+        return block_gather(weight_NK.t(), layout.transposed).transpose(1, 2).contiguous()
+    rows, cols = layout.grid.block_shape
+    if not layout.grid.is_ragged:
+        return weight_NK.reshape(-1, cols).index_select(0, layout.segments).view(-1, rows, cols)
+    inside, flat = layout.elements
+    blocks = weight_NK.new_zeros(len(layout) * rows * cols)
+    blocks[inside] = weight_NK.reshape(-1)[flat]
+    return blocks.view(-1, rows, cols)
+
+
+def block_scatter_(weight_NK: Tensor, blocks_Brc: Tensor, layout: BlockLayout) -> Tensor:
+    """Overwrite the chosen blocks of a matrix in place, rounding once to its dtype; padding is ignored.
+
+    Args:
+        weight_NK: contiguous, or the transpose of a contiguous matrix.
+
+    Raises:
+        ValueError: the matrix is neither.
+    """
+    if not weight_NK.is_contiguous():
+        if not weight_NK.t().is_contiguous():
+            raise ValueError("block_scatter_ writes in place and needs a contiguous matrix or the transpose of one")
+        block_scatter_(weight_NK.t(), blocks_Brc.transpose(1, 2), layout.transposed)
+        return weight_NK
+    rounded = blocks_Brc.to(weight_NK.dtype)
+    if not layout.grid.is_ragged:
+        weight_NK.view(-1, layout.grid.block_cols).index_copy_(
+            0, layout.segments, rounded.reshape(-1, layout.grid.block_cols))
+        return weight_NK
+    inside, flat = layout.elements
+    weight_NK.view(-1).index_copy_(0, flat, rounded.reshape(-1)[inside])
+    return weight_NK
+
+
+def add_rounded(base_Brc: Tensor, delta_Brc: Tensor) -> Tensor:
+    """`base + delta`, summed in the wider of both dtypes (at least fp32) and rounded once to the dtype of `base`."""
+    wide = accumulate_dtype(base_Brc, delta_Brc)
+    return (base_Brc.to(wide) + delta_Brc.to(wide)).to(base_Brc.dtype)
+
+
+def block_grad(dy_TN: Tensor, x_TK: Tensor, layout: BlockLayout) -> Tensor:
+    """Gradient of the chosen blocks: `dW[b] = dY[:, rows_b]^T X[:, cols_b]`, a sampled dense-dense product.
+
+    Returns:
+        `(B, r, c)`, fp32 (fp64 for fp64 inputs); the padding of ragged blocks is zero.
+    """
+    dtype = accumulate_dtype(dy_TN, x_TK)
+    rows, cols = layout.grid.block_shape
+    if len(layout) >= DENSE_SHARE * layout.grid.num_blocks:
+        return block_gather(dy_TN.to(dtype).t() @ x_TK.to(dtype), layout)
+    grad = dy_TN.new_zeros((len(layout), rows, cols), dtype=dtype)
+    if min(rows, cols) >= LARGE_SIDE:
+        for out, (row, col) in zip(grad, layout.blocks.tolist(), strict=True):
+            dy_Tr = dy_TN[:, row * rows : (row + 1) * rows].to(dtype)
+            x_Tc = x_TK[:, col * cols : (col + 1) * cols].to(dtype)
+            torch.mm(dy_Tr.t(), x_Tc, out=out[: dy_Tr.shape[1], : x_Tc.shape[1]])
+        return grad
+    dy_TRr, x_TCc = _stripes(dy_TN, rows), _stripes(x_TK, cols)
+    for part in _chunks(layout, dy_TN.shape[0]):
+        dy_TBr = dy_TRr.index_select(1, layout.block_rows[part]).to(dtype)
+        x_TBc = x_TCc.index_select(1, layout.block_cols[part]).to(dtype)
+        torch.bmm(dy_TBr.permute(1, 2, 0), x_TBc.transpose(0, 1), out=grad[part])
+    return grad
+
+
+def block_product(x_TK: Tensor, blocks_Brc: Tensor, layout: BlockLayout) -> Tensor:
+    """`X delta^T` for a delta that is zero outside the chosen blocks. Differentiable, also twice.
+
+    Returns:
+        `(T, N)`, fp32 (fp64 when an operand is fp64).
+    """
+    dtype = accumulate_dtype(x_TK, blocks_Brc)
+    rows, cols = layout.grid.block_shape
+    if len(layout) >= DENSE_SHARE * layout.grid.num_blocks:
+        return x_TK.to(dtype) @ dense(blocks_Brc.to(dtype), layout).t()
+    x_TCc = _stripes(x_TK, cols)
+    y_RTr = x_TK.new_zeros((layout.grid.row_stripes, x_TK.shape[0], rows), dtype=dtype)
+    for part in _chunks(layout, x_TK.shape[0]):
+        x_BTc = x_TCc.index_select(1, layout.block_cols[part]).to(dtype).transpose(0, 1)
+        y_BTr = torch.bmm(x_BTc, blocks_Brc[part].to(dtype).transpose(1, 2))
+        y_RTr = y_RTr.index_add(0, layout.block_rows[part], y_BTr)
+    return y_RTr.transpose(0, 1).flatten(1)[:, : layout.grid.rows]
+
+
+def block_matmul_(y_TN: Tensor, x_TK: Tensor, blocks_Brc: Tensor, layout: BlockLayout) -> Tensor:
+    """`Y += X delta^T` in place for the chosen blocks; the products are summed wide and rounded once into `Y`."""
+    rows, cols = layout.grid.block_shape
+    wide = accumulate_dtype(x_TK, blocks_Brc)
+    if y_TN.dtype != wide or min(rows, cols) < LARGE_SIDE or len(layout) >= DENSE_SHARE * layout.grid.num_blocks:
+        return y_TN.add_(block_product(x_TK, blocks_Brc, layout))
+    for block, (row, col) in zip(blocks_Brc.to(wide), layout.blocks.tolist(), strict=True):
+        x_Tc = x_TK[:, col * cols : (col + 1) * cols].to(wide)
+        y_Tr = y_TN[:, row * rows : (row + 1) * rows]
+        y_Tr.addmm_(x_Tc, block[: y_Tr.shape[1], : x_Tc.shape[1]].t())
+    return y_TN
+
+
+def dense(blocks_Brc: Tensor, layout: BlockLayout) -> Tensor:
+    """The `(N, K)` matrix that holds the blocks and is zero elsewhere. Differentiable."""
+    rows, cols = layout.grid.block_shape
+    if not layout.grid.is_ragged:
+        flat = blocks_Brc.new_zeros((layout.grid.numel // cols, cols))
+        return flat.index_copy(0, layout.segments, blocks_Brc.reshape(-1, cols)).view(layout.grid.shape)
+    inside, flat = layout.elements
+    return blocks_Brc.new_zeros(layout.grid.numel).index_copy(
+        0, flat, blocks_Brc.reshape(-1)[inside]).view(layout.grid.shape)
+
+
+def _stripes(x_TK: Tensor, width: int) -> Tensor:
+    """`(T, stripes, width)`, padded with zeros when the last stripe is ragged."""
+    missing = -x_TK.shape[1] % width
+    if missing:
+        x_TK = F.pad(x_TK, (0, missing))
+    return x_TK.reshape(x_TK.shape[0], x_TK.shape[1] // width, width)
+
+
+def _chunks(layout: BlockLayout, tokens: int) -> list[slice]:
+    step = max(1, CHUNK_ELEMENTS // max(1, tokens * sum(layout.grid.block_shape)))
+    return [slice(start, start + step) for start in range(0, len(layout), step)]

@@ -1,0 +1,69 @@
+"""The blocks of a weight overwritten by `base + delta` for the length of one GEMM, and the base put back.
+
+Outside the call the weight is the base, bit for bit, also when the GEMM raises. A thread that reads the weight by
+another road during the call sees the blocks written; that is why the tuner swaps in training only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..blocks import BlockLayout
+from .reference import add_rounded, block_gather, block_scatter_
+
+# One lock per weight, so that two threads in one layer cannot restore each other's blocks.
+_locks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_new_lock = threading.Lock()
+# Originals of a swap under way. An entry outlives its call only when an interrupt hit the restoring itself.
+_unrestored: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def run_with_blocks(gemm: Callable[[], Tensor], weight_NK: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> Tensor:
+    """Run `gemm` while the chosen blocks of `weight_NK` hold `round(base + delta)`.
+
+    Args:
+        gemm: reads the weight; must not write it or call this function on it.
+        weight_NK: the parameter itself or its transpose; written through `.data`, so that its version stays and a tied
+            module's backward does not object to a write that is undone.
+    """
+    owner = weight_NK._base if weight_NK._base is not None else weight_NK
+    data = weight_NK.data
+    with _lock_of(owner):
+        if owner in _unrestored:
+            _restore(owner)
+        original = block_gather(data, layout)
+        written = add_rounded(original, delta_Brc)
+        _unrestored[owner] = (data, original, layout)
+        try:
+            block_scatter_(data, written, layout)
+            return gemm()
+        finally:
+            block_scatter_(data, original, layout)
+            del _unrestored[owner]
+
+
+def heal(weight: Tensor) -> None:
+    """Put the base back if an interrupt (Ctrl-C) cut off the end of a swap on this weight; else do nothing."""
+    if weight in _unrestored:
+        with _lock_of(weight):
+            if weight in _unrestored:
+                _restore(weight)
+
+
+def _restore(owner: Tensor) -> None:
+    data, original, layout = _unrestored[owner]
+    block_scatter_(data, original, layout)
+    del _unrestored[owner]
+
+
+def _lock_of(owner: torch.Tensor) -> threading.Lock:
+    lock = _locks.get(owner)
+    if lock is None:
+        with _new_lock:
+            lock = _locks.setdefault(owner, threading.Lock())
+    return lock

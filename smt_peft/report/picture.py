@@ -1,0 +1,125 @@
+"""A picture of the chosen blocks: which share of each matrix, and where in a few matrices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from ..blocks import BlockSelection
+from .places import Place, places
+
+MAX_PANELS, MAX_CELLS, MAX_LABELLED_CELLS = 8, 160, 200
+# Distinct for every common form of colour blindness, and in grey.
+CHOSEN, GRID_LINE, INK = "#D55E00", "#FFFFFF", "#222222"
+BACKGROUND = "Greys"
+
+
+def draw_selection(selection: BlockSelection, path: str | Path) -> None:
+    """Write a PNG: a heat map of layers by module kinds, and the block grids of a few matrices.
+
+    Args:
+        selection: the chosen blocks; where scores were kept, they shade the grids.
+        path: of the PNG.
+    """
+    found = places(selection)
+    kinds = list(dict.fromkeys(place.kind for place in found))
+    layers = sorted({-1 if place.layer is None else place.layer for place in found})
+    panels = _panels(found, kinds)
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    map_height = max(2.0, 0.34 * len(layers) + 1.3)
+    figure = Figure(figsize=(11, map_height + 2.9 * rows + 0.7), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle("Chosen blocks: " + selection.summary().replace(", reaching", ",\nreaching"), fontsize=11,
+                    color=INK)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[map_height, 2.9 * rows])
+    _heat_map(top, found, kinds, layers)
+    axes = bottom.subplots(rows, columns, squeeze=False).ravel()
+    for ax, place in zip(axes, panels, strict=False):
+        _grid(ax, selection, place)
+    for ax in axes[len(panels):]:
+        ax.set_axis_off()
+    what = "orange: chosen blocks" + ("; grey: score (log scale)" if selection.scores else "")
+    bottom.suptitle(f"Where the blocks lie in {len(panels)} of {len(found)} matrices ({what})", fontsize=10, color=INK)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    figure.savefig(aside, format="png")
+    aside.replace(path)
+
+
+def _heat_map(figure, found: list[Place], kinds: list[str], layers: list[int]) -> None:
+    shares = np.full((len(layers), len(kinds)), np.nan)
+    for place in found:
+        shares[layers.index(-1 if place.layer is None else place.layer), kinds.index(place.kind)] = 100 * place.share
+    ax = figure.subplots()
+    top = np.nanmax(shares)
+    image = ax.imshow(shares, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+    ax.set_xticks(range(len(kinds)), kinds, fontsize=9)
+    ax.set_yticks(range(len(layers)), ["-" if layer < 0 else str(layer) for layer in layers], fontsize=9)
+    ax.set_xlabel("module")
+    ax.set_ylabel("layer")
+    ax.set_title("Share of each matrix's weights that is trained", fontsize=10, color=INK)
+    _frame(ax, *shares.shape)
+    if shares.size <= MAX_LABELLED_CELLS:
+        for (row, column), share in np.ndenumerate(shares):
+            if not np.isnan(share):
+                ax.text(column, row, f"{share:.1f}", ha="center", va="center", fontsize=8,
+                        color="white" if share < 0.6 * top else "black")
+    figure.colorbar(image, ax=ax, label="% of weights", pad=0.01)
+
+
+def _frame(ax, rows: int, columns: int) -> None:
+    """White lines between cells, and no ticks or border."""
+    ax.set_xticks(np.arange(-0.5, columns), minor=True)
+    ax.set_yticks(np.arange(-0.5, rows), minor=True)
+    ax.grid(which="minor", color=GRID_LINE, linewidth=1.2)
+    ax.tick_params(which="both", length=0)
+    ax.spines[:].set_visible(False)
+
+
+def _panels(found: list[Place], kinds: list[str]) -> list[Place]:
+    """One matrix of each kind that has blocks, walking down the layers, so that the panels cover the depth."""
+    chosen = []
+    for position, kind in enumerate(kinds[:MAX_PANELS]):
+        group = [place for place in found if place.kind == kind and place.blocks]
+        if group:
+            chosen.append(group[position * len(group) // min(len(kinds), MAX_PANELS)])
+    return chosen
+
+
+def _grid(ax, selection: BlockSelection, place: Place) -> None:
+    grid = selection.grids[place.name]
+    mask = torch.zeros(grid.stripes)
+    blocks = selection.blocks[place.name].long().cpu()
+    mask[blocks[:, 0], blocks[:, 1]] = 1
+    extent = (0, grid.cols, grid.rows, 0)
+    score = selection.scores.get(place.name)
+    if score is not None and bool((score > 0).any()):
+        ax.imshow(_shade(score), cmap=BACKGROUND, vmin=0, vmax=1.6, extent=extent, interpolation="nearest")
+    cells = _coarse(mask).numpy()
+    ax.imshow(np.ma.masked_equal(cells, 0), cmap=ListedColormap([CHOSEN]), extent=extent, interpolation="nearest")
+    ax.set_title(f"layer {place.layer}, {place.kind}" if place.layer is not None else place.kind, fontsize=9, color=INK)
+    ax.set_xlabel(f"input, {grid.cols}", fontsize=8)
+    ax.set_ylabel(f"output, {grid.rows}", fontsize=8)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_color("#999999")
+
+
+def _shade(score: torch.Tensor) -> np.ndarray:
+    """Log scores from 0 (lowest) to 1 (highest)."""
+    logs = _coarse(score.float().cpu()).clamp_min(1e-30).log()
+    low, high = torch.quantile(logs, 0.02), logs.max()
+    return ((logs - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).numpy()
+
+
+def _coarse(values: torch.Tensor) -> torch.Tensor:
+    """At most `MAX_CELLS` a side, each the largest value it stands for, so that no chosen block vanishes."""
+    sides = [min(side, MAX_CELLS) for side in values.shape]
+    return torch.nn.functional.adaptive_max_pool2d(values[None].float(), sides)[0]

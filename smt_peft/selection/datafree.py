@@ -1,0 +1,77 @@
+"""The choice that needs no data: by the weights alone, at random, or on the diagonal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..blocks import BlockGrid, BlockSelection
+from ..config import SMTConfig
+from ..say import once
+from ..targets import Target
+from .budget import PATTERNS, choose_blocks, choose_pattern, module_seed
+from .scores import checked, diagonal_scores, low_rank_magnitude, magnitude, random_scores
+from .spread import diagonal_order
+
+
+def select_without_data(targets: Mapping[str, Target], config: SMTConfig, counts: Mapping[str, int] | None = None,
+                        grids: Mapping[str, BlockGrid] | None = None, keep_scores: bool = False) -> BlockSelection:
+    """Choose blocks by the config's score where that needs no data, else at random.
+
+    `random` and `diagonal` never look at a weight, which may be on the meta device.
+
+    Args:
+        targets: the modules a config names, as from `find_targets`.
+        config: its `score`, amounts, `budget`, `spread`, caps and `seed` decide.
+        counts: instead of the config's budget and caps, exactly so many blocks in these modules and none in others.
+        grids: tilings that replace the config's for the modules they name.
+        keep_scores: whether the selection keeps the scores of a choice by weights.
+
+    Raises:
+        ValueError: as `choose_blocks`.
+    """
+    grids = {name: (grids or {}).get(name) or config.grid(target.shape) for name, target in targets.items()}
+    score = "random" if config.needs_data else config.score
+    if score not in PATTERNS and any(target.module.weight.is_meta for target in targets.values()):
+        once(f"score={score!r} needs weights, but the model is on the meta device; blocks are chosen at random")
+        score = "random"
+    scores = {}
+    capped = counts is None and (config.max_column_share is not None or config.max_lora_rank is not None)
+    if score in PATTERNS and not capped and (score == "diagonal" or config.spread != "capped"):
+        blocks = choose_pattern(score, grids, config, counts)
+    else:
+        wanted = counts if counts is not None else targets
+        scores = {name: _scores(score, targets[name], grid, config) for name, grid in grids.items() if name in wanted}
+        blocks = choose_blocks(scores, grids, config, counts)
+    keep = scores if keep_scores and score not in PATTERNS else {}
+    return BlockSelection(blocks, grids, keep, provenance(score, config, targets))
+
+
+def _scores(score: str, target: Target, grid: BlockGrid, config: SMTConfig) -> torch.Tensor:
+    seed = module_seed(config.seed, target.name)
+    if score == "random":
+        return random_scores(grid, seed)
+    if score == "diagonal":
+        return diagonal_scores(grid, torch.from_numpy(diagonal_order(grid, grid.num_blocks)))
+    if score == "magnitude":
+        return checked(target.name, magnitude(target.weight, grid))
+    return checked(target.name, low_rank_magnitude(target.weight, grid, seed))
+
+
+def provenance(score: str, config: SMTConfig, targets: Mapping[str, Target]) -> dict:
+    """How a selection came about, in JSON values."""
+    modules = config.target_modules
+    return {
+        "score": score,
+        "block_size": config.block_size,
+        "density": config.density,
+        "num_blocks": config.num_blocks,
+        "budget": dict(config.budget) if isinstance(config.budget, Mapping) else config.budget,
+        "spread": config.spread,
+        "max_column_share": config.max_column_share,
+        "max_lora_rank": config.max_lora_rank,
+        "seed": config.seed,
+        "target_modules": modules if isinstance(modules, str) else sorted(modules),
+        "num_targets": len(targets),
+    }

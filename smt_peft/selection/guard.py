@@ -1,0 +1,93 @@
+"""Borrowing a model: frozen, still, without dropout; handed back exactly as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+_MISSING = object()
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model inside data-parallel wrappers and a `PeftModel`: the one whose module names a selection uses."""
+    model = unwrapped(model)
+    return model.get_base_model() if _has_adapters(model) else model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    return model
+
+
+@contextmanager
+def borrowed(model: nn.Module, seed: int, checkpointing: bool) -> Iterator[nn.Module]:
+    """The base model, with every parameter frozen, in evaluation mode and with seeded random generators.
+
+    Adapters are off and no key-value cache is kept. Modules for which gradient checkpointing is switched on stay in
+    training mode, which is where Transformers checkpoints, when `checkpointing` is asked for. They use the
+    non-reentrant kind meanwhile: the reentrant one drops the gradients of a segment whose inputs need none.
+
+    Raises:
+        ValueError: an adapter is merged into the weights, so they are not the base's.
+    """
+    base = base_of(model)
+    merged = next((name for name, module in base.named_modules() if getattr(module, "merged", False) is True), None)
+    if merged is not None:
+        raise ValueError(f"{merged}: an adapter is merged into the weight, so it is not the base model's; call "
+                         "unmerge_adapter() first")
+    with ExitStack() as stack:
+        stack.enter_context(seeded((parameter.device for parameter in base.parameters()), seed))
+        # Put back last: switching adapters off and on changes requires_grad by itself.
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+        if _has_adapters(model := unwrapped(model)):
+            stack.enter_context(model.disable_adapter())
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for module in base.modules():
+            active = checkpointing and getattr(module, "gradient_checkpointing", False) is True
+            _set(stack, module, "training", active)
+            if active:
+                _make_non_reentrant(stack, module)
+            config = getattr(module, "config", None)
+            if getattr(config, "use_cache", None) is True:
+                _set(stack, config, "use_cache", False)
+        yield base
+
+
+@contextmanager
+def seeded(devices: Iterable[torch.device], seed: int) -> Iterator[None]:
+    """Seed the CPU generator and those of the CUDA devices among `devices`; afterwards all are where they were."""
+    indices = sorted({device.index for device in devices if device.type == "cuda"})
+    with torch.random.fork_rng(devices=indices):
+        torch.default_generator.manual_seed(seed)
+        for index in indices:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    return hasattr(model, "get_base_model") and hasattr(model, "disable_adapter")
+
+
+def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    found = vars(owner).get(name, _MISSING)
+    setattr(owner, name, value)
+    if found is _MISSING:
+        stack.callback(delattr, owner, name)
+    else:
+        stack.callback(setattr, owner, name, found)
+
+
+def _make_non_reentrant(stack: ExitStack, module: nn.Module) -> None:
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if isinstance(function, partial) and function.func is checkpoint:
+        settings = function.keywords | {"use_reentrant": False}
+        _set(stack, module, "_gradient_checkpointing_func", partial(checkpoint, *function.args, **settings))

@@ -1,0 +1,150 @@
+"""Taps on the targets: they see each module's inputs and output gradients and never a parameter's `.grad`.
+
+The gradient of a weight is `dY^T X`. Taking it from a tap works where the weight is frozen or packed, and lets one dense
+gradient be reduced to block scores and freed before the next module's exists.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..targets import Target
+from .scores import ActivationScore, GradientScore
+
+# Inputs are widened to the gradient's dtype this many tokens at a time.
+_TOKENS = 4096
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on an output; backward hands `(x, dY)` to `receive`.
+
+    The input goes through `save_for_backward`, so that activation checkpointing drops and recomputes it like any
+    other. `anchor` is a scalar that requires grad: with it the graph begins at the lowest tapped module even though
+    every parameter is frozen, and modules below take no part in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, output, x, anchor, receive):
+        ctx.receive = receive
+        ctx.save_for_backward(x)
+        # An alias that is no differentiable view, so that the model may go on in place.
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (x,) = ctx.saved_tensors
+        ctx.receive(x, grad_output)
+        return grad_output if ctx.needs_input_grad[0] else None, None, None, None
+
+
+class GradientTaps:
+    """Feeds each target's gradient of a batch to its score as soon as backward has finished with the module."""
+
+    def __init__(self, targets: Mapping[str, Target], scores: Mapping[str, GradientScore]):
+        self.targets, self.scores = targets, scores
+        self.reached: set[str] = set()
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._uses: Counter[str] = Counter()
+        self._pairs: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._in_backward = False
+
+    @contextmanager
+    def installed(self):
+        # Before other hooks: dY belongs to what the linear itself returned.
+        handles = [target.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
+                   for name, target in self.targets.items()]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._pairs.clear()
+
+    def backward(self, loss: Tensor) -> None:
+        """Run backward and take in the gradients of one batch."""
+        self._in_backward = True
+        try:
+            loss.backward()
+            # Uses whose output never met the loss: what did arrive is all there is.
+            for name in list(self._pairs):
+                self._finish(name)
+        finally:
+            self._in_backward = False
+            self._uses.clear()
+            self._pairs.clear()
+
+    def _hook(self, name: str) -> Callable:
+        def hook(module, args, kwargs, output):
+            # A use is counted in the forward pass proper; checkpointing calls the module again during backward.
+            if not self._in_backward:
+                self._uses[name] += 1
+            if not torch.is_grad_enabled():
+                return None
+            return _Tap.apply(output, _input(args, kwargs), self._anchor, lambda x, dy: self._receive(name, x, dy))
+        return hook
+
+    def _receive(self, name: str, x: Tensor, grad_output: Tensor) -> None:
+        self._pairs[name].append((x, grad_output))
+        if len(self._pairs[name]) == self._uses[name]:
+            self._finish(name)
+
+    def _finish(self, name: str) -> None:
+        grad = weight_gradient(self._pairs.pop(name), self.targets[name].shape)
+        self.reached.add(name)
+        self.scores[name].add(grad)
+
+
+class ActivationTaps:
+    """Feeds each target's inputs to its score; needs a forward pass only."""
+
+    def __init__(self, targets: Mapping[str, Target], scores: Mapping[str, ActivationScore]):
+        self.targets, self.scores = targets, scores
+        self.reached: set[str] = set()
+
+    @contextmanager
+    def installed(self):
+        handles = [target.module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+                   for name, target in self.targets.items()]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def close_batch(self) -> None:
+        for score in self.scores.values():
+            score.close_batch()
+
+    def _hook(self, name: str) -> Callable:
+        def hook(module, args, kwargs):
+            self.reached.add(name)
+            self.scores[name].see(_input(args, kwargs))
+        return hook
+
+
+def weight_gradient(pairs: list[tuple[Tensor, Tensor]], shape: tuple[int, int]) -> Tensor:
+    """The sum of `dY^T X`, `(out_features, in_features)`, in fp32, or fp64 for fp64 inputs.
+
+    Args:
+        pairs: `(x, dY)` of every use of the module, `(..., in_features)` and `(..., out_features)`.
+        shape: of the weight.
+    """
+    device = pairs[0][1].device
+    dtype = torch.float64 if pairs[0][1].dtype == torch.float64 else torch.float32
+    grad = torch.zeros(shape, dtype=dtype, device=device)
+    # The caller's autocast is still on during backward and would round the products.
+    with torch.autocast(device.type, enabled=False):
+        for x, dy in pairs:
+            for part, grad_part in zip(x.reshape(-1, shape[1]).split(_TOKENS), dy.reshape(-1, shape[0]).split(_TOKENS),
+                                       strict=True):
+                grad.addmm_(grad_part.to(dtype).t(), part.to(dtype))
+    return grad
+
+
+def _input(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))

@@ -1,0 +1,243 @@
+"""A run, put together: model, data, selection, TRL's trainer, evaluation, and what is saved."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import SFTTrainer
+
+from ..blocks import BlockSelection
+from ..report.picture import draw_selection
+from ..report.table import report
+from ..selection import select_blocks
+from . import outputs
+from .compare import lora_config
+from .data import Data, load_data
+from .errors import ConfigError
+from .evaluate import exact_match
+from .model import load_model, load_tokenizer
+from .schema import AUTO, Run
+from .verify import verify_saved
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+
+@dataclass
+class Prepared:
+    """Everything a training needs: the base model, its tokenizer, the rows as read, and as token ids."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    trainer: SFTTrainer
+
+    @property
+    def train_set(self) -> Dataset:
+        return self.trainer.train_dataset
+
+    @property
+    def eval_set(self) -> Dataset | None:
+        return self.trainer.eval_dataset
+
+
+def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Select, train, evaluate, save and verify.
+
+    Args:
+        run: from `schema.load_run`.
+        callbacks: further callbacks of the trainer.
+
+    Returns:
+        The metrics, as written to `metrics.json`.
+
+    Raises:
+        ConfigError: the output directory, the model, the data or the `smt:` block cannot be used.
+        VerificationError: what was saved is not what was trained.
+    """
+    start = time.perf_counter()
+    checkpoint = outputs.check_output_dir(run)
+    directory = Path(run.trainer.output_dir)
+    prepared = prepare(run)
+    selection = choose(run, prepared, directory / outputs.SELECTION if checkpoint else None)
+    selected = time.perf_counter()
+    trainer = make_trainer(run, prepared, _smt_config(run, selection), callbacks)
+    main = trainer.is_world_process_zero()
+    if main:
+        outputs.write_run(run)
+        selection.save(directory / outputs.SELECTION)
+    before = measure(run, prepared, trainer, "before")
+    seconds = fit(run, trainer, checkpoint)
+    after = measure(run, prepared, trainer, "after")
+    metrics = {"before": before, "after": {**after, "seconds": seconds},
+               "trainable_parameters": selection.effective_numel, "seconds_selection": round(selected - start, 1),
+               "log_history": trainer.state.log_history, **_circumstances(trainer)}
+    if main:
+        outputs.save_adapter(trainer.model, prepared.tokenizer, directory)
+        if run.config.verify:
+            metrics["verified"] = _verify(run, prepared, trainer, directory)
+    del trainer
+    if run.config.compare_lora:
+        metrics["lora"] = compare_lora(run, prepared, selection)
+    metrics["seconds_total"] = round(time.perf_counter() - start, 1)
+    if main:
+        _finish(directory, selection, metrics)
+    return metrics
+
+
+def select(run: Run) -> BlockSelection:
+    """Choose blocks and save them as `selection.safetensors` in the output directory.
+
+    Raises:
+        ConfigError: as `train`.
+    """
+    outputs.check_output_dir(run)
+    selection = choose(run, prepare(run), None)
+    file = Path(run.trainer.output_dir) / outputs.SELECTION
+    if run.trainer.process_index == 0:
+        selection.save(file)
+        print(f"wrote {file}; train with it: smt.selection={file}")
+    return selection
+
+
+def prepare(run: Run) -> Prepared:
+    """Load model, tokenizer and data; a trainer without an adapter tokenises as the training will see it."""
+    set_seed(run.trainer.seed)
+    tokenizer = load_tokenizer(run.config.model_name_or_path)
+    data = load_data(run.config, run.trainer.dataset_text_field)
+    model = load_model(run.config.model_name_or_path, run.config.dtype, run.trainer.device)
+    if "messages" in data.train.column_names and tokenizer.chat_template is None and not run.trainer.chat_template_path:
+        raise ConfigError("dataset_path holds messages, but the tokenizer has no chat template; name one in "
+                          "chat_template_path")
+    trainer = SFTTrainer(model=model, args=copy.copy(run.trainer), train_dataset=data.train,
+                         eval_dataset=data.evaluation, processing_class=tokenizer)
+    if len(trainer.train_dataset) == 0:
+        raise ConfigError(f"max_length: no row keeps a token to learn from within {run.trainer.max_length} tokens; "
+                          "raise max_length")
+    return Prepared(model, tokenizer, data, trainer)
+
+
+def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
+    """The blocks to train: of `file`, of the file that `smt.selection` names, or chosen by a warm-up pass."""
+    if file is None and run.selection != AUTO:
+        file = Path(run.selection)
+    if file is not None:
+        with _blaming("smt.selection"):
+            selection = BlockSelection.load(file)
+        print(f"selection from {file}: {selection.summary()}")
+        return selection
+    loader = prepared.trainer.get_train_dataloader()
+    batches = min(run.warmup_batches, len(loader))
+    # The sampler draws from the global generators, which the training must find as if no warm-up had been.
+    with torch.random.fork_rng(), _blaming("smt"):
+        torch.manual_seed(run.trainer.seed)
+        selection = select_blocks(prepared.model, run.smt, loader, num_batches=batches)
+    print(f"selection: {selection.summary()}")
+    return selection
+
+
+def make_trainer(run: Run, prepared: Prepared, config: PeftConfig, callbacks: Sequence[TrainerCallback] = (),
+                 **changed: Any) -> SFTTrainer:
+    """TRL's trainer over the tokenised rows, with an adapter on the base model; `changed` replaces trainer keys."""
+    args = copy.copy(run.trainer)
+    for name, value in changed.items():
+        setattr(args, name, value)
+    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    with _blaming("smt"):
+        return SFTTrainer(model=prepared.model, args=args, train_dataset=prepared.train_set,
+                          eval_dataset=prepared.eval_set, processing_class=prepared.tokenizer, peft_config=config,
+                          callbacks=list(callbacks))
+
+
+def fit(run: Run, trainer: SFTTrainer, checkpoint: str | None = None) -> float:
+    """Train; returns the seconds it took."""
+    # Again, so that a resumed run draws the same order of rows as one that never stopped.
+    set_seed(run.trainer.seed)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return round(time.perf_counter() - start, 1)
+
+
+def measure(run: Run, prepared: Prepared, trainer: SFTTrainer, label: str) -> dict[str, float]:
+    """`eval_loss` and `exact_match` of the evaluation set, as far as the run asks for them."""
+    found: dict[str, float] = {}
+    if prepared.eval_set is not None:
+        history = list(trainer.state.log_history)
+        found["eval_loss"] = trainer.evaluate()["eval_loss"]
+        trainer.state.log_history = history
+    if run.config.eval_exact_match:
+        found["exact_match"] = exact_match(trainer.model, prepared.tokenizer, prepared.data.evaluation,
+                                           max_new_tokens=run.config.generation_max_new_tokens,
+                                           batch_size=run.config.generation_batch_size, label=f"exact match {label}")
+    if found:
+        print(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    return found
+
+
+def compare_lora(run: Run, prepared: Prepared, selection: BlockSelection) -> dict[str, Any]:
+    """Train LoRA for as many steps on the same rows from a fresh copy of the base, and measure it."""
+    config = lora_config(selection)
+    rate = run.config.compare_lora_learning_rate or run.trainer.learning_rate
+    set_seed(run.trainer.seed)
+    prepared.model = load_model(run.config.model_name_or_path, run.config.dtype, run.trainer.device)
+    trainer = make_trainer(run, prepared, config, learning_rate=rate, save_strategy="no")
+    trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
+    print(f"LoRA to compare with: rank {config.r}, {trainable:,} trainable weights, learning rate {rate:g}")
+    seconds = fit(run, trainer)
+    return {**measure(run, prepared, trainer, "LoRA"), "seconds": seconds, "trainable_parameters": trainable,
+            "rank": config.r, "learning_rate": rate, "log_history": trainer.state.log_history}
+
+
+def _smt_config(run: Run, selection: BlockSelection) -> PeftConfig:
+    config = run.smt.copy()
+    config.selection = selection
+    config.base_model_name_or_path = run.config.model_name_or_path
+    return config
+
+
+def _verify(run: Run, prepared: Prepared, trainer: SFTTrainer, directory: Path) -> dict[str, Any]:
+    rows = prepared.eval_set if prepared.eval_set is not None else prepared.train_set
+    sequences = [rows[i]["input_ids"] for i in range(min(4, len(rows)))]
+    return verify_saved(trainer.model, sequences, run.config.model_name_or_path, directory / outputs.SELECTION, directory)
+
+
+def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any]) -> None:
+    outputs.write_metrics(directory, metrics)
+    text = report(metrics, selection)
+    outputs.write_text(directory / outputs.REPORT, text)
+    draw_selection(selection, directory / outputs.PICTURE)
+    print("\n" + text)
+    print(f"saved in {directory}: adapter, {outputs.SELECTION}, {outputs.RUN}, {outputs.METRICS}, {outputs.REPORT}, "
+          f"{outputs.PICTURE}")
+
+
+def _circumstances(trainer: SFTTrainer) -> dict[str, Any]:
+    device = trainer.args.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": f"{device.type} ({name})", "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "versions": {name: version(name) for name in PACKAGES}}
+
+
+class _blaming:
+    """Turns a `ValueError` inside into a `ConfigError` that names the key at fault."""
+
+    def __init__(self, key: str):
+        self.key = key
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, ConfigError):
+            raise ConfigError(f"{self.key}: {error}") from error
+        return False

@@ -1,0 +1,309 @@
+"""The YAML of a run: TRL's `SFTConfig` names and a few of our own, flat, plus one `smt:` block of `SMTConfig` names.
+
+Every key is checked before anything is loaded, and all errors are reported at once, each with its line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from trl import SFTConfig
+
+from ..config import SMTConfig
+from .errors import ConfigError
+
+AUTO = "auto"
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+# Fields of SMTConfig that a file of PEFT holds, or that a run fills in itself.
+_INTERNAL = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+             "inference_mode", "block_pattern", "base_fingerprint", "target_parameters", "fan_in_fan_out"}
+# Fields of SFTConfig that would do nothing here, or something unsafe.
+_REFUSED = {"trust_remote_code", "model_init_kwargs", "do_train", "do_eval", "do_predict", "local_rank"}
+# Names other trainers use: too far from ours for difflib.
+_SYNONYMS = {"base_model": "model_name_or_path", "model": "model_name_or_path", "sequence_len": "max_length",
+             "cutoff_len": "max_length", "max_seq_length": "max_length", "lr": "learning_rate",
+             "micro_batch_size": "per_device_train_batch_size", "batch_size": "per_device_train_batch_size",
+             "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "torch_dtype": "dtype",
+             "lr_scheduler": "lr_scheduler_type", "precision": "dtype", "evaluation_strategy": "eval_strategy",
+             "warmup_ratio": "warmup_steps (below 1 it is a ratio)", "dataset": "dataset_path",
+             "datasets": "dataset_path", "sample_packing": "packing", "train_on_inputs": "completion_only_loss"}
+
+
+@dataclass
+class RunConfig:
+    """The keys of a run that are neither TRL's nor SMT's.
+
+    Args:
+        model_name_or_path: the base model: a local directory or a name on the Hub.
+        dtype: of the base weights; None stands for float32 on a CPU and `"auto"` (the checkpoint's own) elsewhere.
+        dataset_path: one or more local files: jsonl, json, csv or parquet.
+        dataset_name: a data set on the Hub, instead of `dataset_path`.
+        dataset_train_split: the split of `dataset_name` to train on.
+        dataset_test_split: the split of `dataset_name` to evaluate on.
+        eval_dataset_path: local files to evaluate on.
+        eval_exact_match: complete the prompts of the evaluation set greedily, before and after training, and count
+            the completions that equal the expected one, surrounding blanks aside.
+        generation_max_new_tokens: length limit of such a completion.
+        generation_batch_size: prompts completed at once.
+        compare_lora: train PEFT's LoRA too, from the same base, on the same modules with as many trainable weights.
+        compare_lora_learning_rate: its learning rate; None stands for `learning_rate`.
+        verify: read the saved adapter back in a fresh process and compare.
+    """
+
+    model_name_or_path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    dataset_path: str | list[str] | None = None
+    dataset_name: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str | None = None
+    eval_dataset_path: str | list[str] | None = None
+    eval_exact_match: bool = False
+    generation_max_new_tokens: int = 64
+    generation_batch_size: int = 64
+    compare_lora: bool = False
+    compare_lora_learning_rate: float | None = None
+    verify: bool = True
+
+
+@dataclass
+class Run:
+    """A checked run.
+
+    Args:
+        config: our own keys.
+        trainer: TRL's, built.
+        smt: the tuner's settings, its `selection` still None.
+        selection: `"auto"` or the path of a selection file.
+        warmup_batches: batches of the warm-up pass, with `selection="auto"`.
+        resolved: every key that was given, interpolations and overrides applied, and every default of ours.
+    """
+
+    config: RunConfig
+    trainer: SFTConfig
+    smt: SMTConfig
+    selection: str
+    warmup_batches: int
+    resolved: dict[str, Any]
+
+
+@dataclass
+class _Warmup:
+    selection: str = AUTO
+    warmup_batches: int = 64
+
+
+def known_keys() -> dict[str, Any]:
+    """Every key of a run with its type; those of the nested block start with `smt.`."""
+    hints = {name: hint for name, hint in get_type_hints(SFTConfig).items() if name not in _REFUSED}
+    hints = {field.name: hints[field.name] for field in fields(SFTConfig) if field.name in hints}
+    hints["resume_from_checkpoint"] = bool | str | None
+    smt = get_type_hints(SMTConfig)
+    smt = {field.name: smt[field.name] for field in fields(SMTConfig) if field.name not in _INTERNAL}
+    smt |= get_type_hints(_Warmup) | {"score": str}
+    return hints | get_type_hints(RunConfig) | {f"smt.{name}": hint for name, hint in smt.items()}
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a YAML, apply `key=value` overrides (`smt.density=0.02` reaches into the block), and check all of it.
+
+    Raises:
+        ConfigError: lists every error with its line and the repair.
+    """
+    settings, lines = _read(Path(path), overrides)
+    errors = _Errors(str(path), lines, overrides)
+    flat = _flatten(settings, errors)
+    known = known_keys()
+    good = {key: value for key, value in flat.items() if _check(key, value, known, errors)}
+    _check_presence(flat, errors)
+    _check_files(good, errors)
+    ours = {key for key in good if key in RunConfig.__dataclass_fields__}
+    block = {key.removeprefix("smt."): value for key, value in good.items() if key.startswith("smt.")}
+    warmup = _Warmup(**{key: block.pop(key) for key in ("selection", "warmup_batches") if key in block})
+    trainer = {key: value for key, value in good.items() if key not in ours and not key.startswith("smt.")}
+    smt = _build(lambda given: SMTConfig(task_type="CAUSAL_LM", **given), block, "smt", errors)
+    sft = _build(lambda given: SFTConfig(**_with_defaults(given)), trainer, "", errors)
+    errors.raise_any()
+    config = RunConfig(**{key: good[key] for key in ours})
+    resolved = {**{field.name: getattr(config, field.name) for field in fields(config)}, **trainer,
+                "smt": {**vars(warmup), **block}}
+    return Run(config, sft, smt, warmup.selection, warmup.warmup_batches, resolved)
+
+
+class _Errors:
+    def __init__(self, path: str, lines: Mapping[str, int], overrides: Sequence[str]):
+        self.path, self.lines, self.messages = path, lines, []
+        self.overridden = {override.split("=", 1)[0] for override in overrides}
+
+    def add(self, key: str, message: str) -> None:
+        line = self.lines.get(key) or self.lines.get(key.split(".")[0])
+        place = "command line" if key in self.overridden else f"{self.path}, line {line}" if line else self.path
+        self.messages.append((line or 0, f"{place}: {message}"))
+
+    def about(self, part: str) -> bool:
+        """Whether there is an error already."""
+        return any(part in message for _, message in self.messages)
+
+    def raise_any(self) -> None:
+        if self.messages:
+            raise ConfigError("\n".join(message for _, message in sorted(self.messages, key=lambda pair: pair[0])))
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, int]]:
+    if not path.is_file():
+        raise ConfigError(f"there is no YAML file at {path}; pass the path of one, e.g. configs/quickstart.yaml")
+    for override in overrides:
+        if "=" not in override.lstrip("="):
+            raise ConfigError(f"command line: {override!r} is no override; write key=value, e.g. learning_rate=2e-4")
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        lines = dict(_key_lines(root)) if isinstance(root, yaml.MappingNode) else {}
+        loaded = OmegaConf.load(path) if root is not None else OmegaConf.create({})
+        if not isinstance(root, yaml.MappingNode | None):
+            raise ConfigError(f"{path}, line 1: a run is a mapping of `key: value` lines")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(merged, resolve=True), lines
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{place}: no valid YAML: {getattr(error, 'problem', None) or error}") from error
+    except (OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {str(error).strip()}") from error
+
+
+def _key_lines(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
+    for key, value in node.value:
+        yield prefix + str(key.value), key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            yield from _key_lines(value, f"{prefix}{key.value}.")
+
+
+def _flatten(settings: dict[str, Any], errors: _Errors) -> dict[str, Any]:
+    flat = {str(key): value for key, value in settings.items() if key != "smt"}
+    block = settings.get("smt")
+    if isinstance(block, Mapping):
+        flat |= {f"smt.{key}": value for key, value in block.items()}
+    elif block is not None:
+        errors.add("smt", f"smt is a block of settings (density: 0.01, ...), got {block!r}")
+    # YAML 1.1 reads a bare `no` as false.
+    return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in flat.items()}
+
+
+def _check(key: str, value: Any, known: Mapping[str, Any], errors: _Errors) -> bool:
+    if key not in known:
+        errors.add(key, f"unknown key {key!r}" + _hint(key, known))
+        return False
+    adapter = TypeAdapter(known[key], config=None if _is_class(known[key]) else
+                          ConfigDict(arbitrary_types_allowed=True))
+    try:
+        adapter.validate_python(value, strict=True)
+    except ValidationError:
+        errors.add(key, f"{key} must be {_describe(known[key])}, got {value!r} ({_describe(type(value))})")
+        return False
+    return True
+
+
+def _is_class(hint: Any) -> bool:
+    """Pydantic refuses a config for types that carry one of their own: dataclasses and models."""
+    return hasattr(hint, "__dataclass_fields__")
+
+
+def _hint(key: str, known: Mapping[str, Any]) -> str:
+    if key in _REFUSED:
+        return "; it has no effect here, leave it out"
+    for name in (f"smt.{key}", key.removeprefix("smt.")):
+        if name in known:
+            return f"; did you mean {name!r}? {'It belongs in' if '.' in name else 'It stays out of'} the smt: block"
+    near = _SYNONYMS.get(key) or next(iter(difflib.get_close_matches(key, known, n=1)), None)
+    return f"; did you mean {near!r}?" if near else "; neither TRL's SFTConfig, nor this run, nor smt: has it"
+
+
+def _describe(hint: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null",
+             list: "a list", dict: "a map"}
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_describe(part) for part in get_args(hint)))
+    if origin is Literal:
+        return " or ".join(repr(value) for value in get_args(hint))
+    return names.get(origin or hint, getattr(hint, "__name__", str(hint)))
+
+
+def _check_presence(flat: Mapping[str, Any], errors: _Errors) -> None:
+    repairs = {"model_name_or_path": "name the base model: a directory or a name on the Hub",
+               "output_dir": "name the directory that the run is to be saved in"}
+    for key, repair in repairs.items():
+        if flat.get(key) is None and not errors.about(key):
+            errors.add(key, f"{key} is missing; {repair}")
+    sources = [key for key in ("dataset_path", "dataset_name") if flat.get(key) is not None]
+    if len(sources) != 1 and not errors.about("dataset_path"):
+        found = "both are set" if sources else "neither is set"
+        errors.add("dataset_path", f"exactly one of dataset_path and dataset_name is needed, {found}")
+    has_eval = flat.get("eval_dataset_path") is not None or flat.get("dataset_test_split") is not None
+    for key in ("eval_exact_match",):
+        if flat.get(key) is True and not has_eval:
+            errors.add(key, f"{key} needs an evaluation set; name one in eval_dataset_path")
+    for key in ("smt.warmup_batches", "generation_max_new_tokens", "generation_batch_size"):
+        if isinstance(flat.get(key), int) and flat[key] < 1:
+            errors.add(key, f"{key} must be at least 1, got {flat[key]}")
+
+
+def _check_files(good: Mapping[str, Any], errors: _Errors) -> None:
+    for key in ("dataset_path", "eval_dataset_path"):
+        paths = good.get(key) or []
+        for path in [paths] if isinstance(paths, str) else paths:
+            if not Path(path).is_file():
+                errors.add(key, f"{key}: there is no file {path} (looked from {Path.cwd().name}/, the current directory)")
+            elif Path(path).suffix not in DATA_SUFFIXES:
+                errors.add(key, f"{key}: {path} is none of {', '.join(DATA_SUFFIXES)}; convert it, e.g. to jsonl")
+    model = good.get("model_name_or_path")
+    if model is not None:
+        directory = Path(model).expanduser()
+        # `a/b` may be a name on the Hub, unless `a` is a directory here.
+        local = directory.exists() or model.startswith((".", "/", "~")) or directory.parts[:1] != directory.parts and (
+            len(directory.parts) > 2 or Path(directory.parts[0]).is_dir())
+        if local and not (directory / "config.json").is_file():
+            what = "holds no config.json, so no model" if directory.is_dir() else "does not exist"
+            errors.add("model_name_or_path", f"model_name_or_path: the directory {model} {what}")
+    selection = good.get("smt.selection", AUTO)
+    if selection != AUTO and not Path(selection).is_file():
+        errors.add("smt.selection", f"smt.selection: there is no file {selection}; make it with `smt select`, or say auto")
+
+
+def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """TRL trains in bf16 by default, which a CPU refuses unless told `use_cpu`."""
+    cuda = torch.cuda.is_available() and not given.get("use_cpu")
+    values = {"dataloader_pin_memory": cuda, **given}
+    if given.get("bf16") is None and not given.get("fp16"):
+        values["bf16"] = cuda
+    if (values.get("bf16") or values.get("fp16")) and not cuda:
+        values["use_cpu"] = True
+    # What to resume from is looked up when the run starts.
+    values.pop("resume_from_checkpoint", None)
+    return values
+
+
+def _build(build, given: Mapping[str, Any], prefix: str, errors: _Errors) -> Any:
+    """Construct a config, and lay what it refuses to the key it speaks of."""
+    try:
+        with warnings.catch_warnings():
+            # TRL sets `gradient_checkpointing` itself, so transformers' notice of its new name is not the user's.
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+            return build(dict(given))
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        message = str(error)
+        guilty = next((key for key in given if key in message),
+                      next((key for key, value in given.items() if len(str(value)) > 1 and str(value) in message), ""))
+        key = ".".join(part for part in (prefix, guilty) if part)
+        errors.add(key, f"{key}: {message}" if key else message)
+        return None

@@ -1,0 +1,192 @@
+"""Is what was saved what was trained? A fresh process reads the adapter back and compares.
+
+Three things are checked: the adapter as read gives the logits of the model in memory, bit for bit; merged weights are
+base plus delta, rounded once, in the chosen blocks and the base everywhere else, bit for bit; and merging moves the
+logits by no more than rounding does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..blocks import BlockLayout, BlockSelection
+from .errors import VerificationError
+from .model import load_model
+
+ADAPTER, PROBE_ROWS, PROBE_TOKENS = "default", 4, 256
+# One rounding in each of N modules, independent, adds up as sqrt(N); the largest of many logits lies some 4 to 5
+# standard deviations out.
+ROUNDING_FACTOR = 4.0
+# A process started inside `accelerate launch` would otherwise believe to be one of its ranks.
+_LAUNCHER = ("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+
+
+def verify_saved(model: nn.Module, sequences: Sequence[Sequence[int]], base: str, selection: Path,
+                 directory: Path) -> dict[str, Any]:
+    """Compare the adapter saved in `directory` with the `PeftModel` it was saved from; prints one line per check.
+
+    Args:
+        model: the trained model, in memory.
+        sequences: token ids of a few texts, at least one.
+        base: name or directory of the base model.
+        selection: the selection file of the run.
+        directory: where the adapter lies.
+
+    Returns:
+        The measured numbers, for the metrics.
+
+    Raises:
+        VerificationError: a check failed, or the fresh process did.
+    """
+    inner = model.get_base_model()
+    ids, mask = _pad([list(ids)[:PROBE_TOKENS] for ids in sequences[:PROBE_ROWS]])
+    settings = {"base": base, "dtype": str(inner.dtype).removeprefix("torch."), "device": str(inner.device),
+                "threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision(),
+                "selection": str(selection), "adapter": str(directory)}
+    training = model.training
+    model.eval()
+    probe = {"input_ids": ids, "attention_mask": mask, "logits": _logits(inner, ids, mask)}
+    model.train(training)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "probe.safetensors"
+        save_file(probe, file, metadata={"settings": json.dumps(settings)})
+        done = subprocess.run([sys.executable, "-m", __spec__.name, str(file)], capture_output=True, text=True,
+                              env=_environment(), check=False)
+    if done.returncode != 0:
+        raise VerificationError("the saved adapter could not be read back in a fresh process:\n"
+                                + "\n".join(done.stderr.strip().splitlines()[-15:]))
+    result = json.loads(done.stdout.splitlines()[-1])
+    for line in describe(result):
+        print(line)
+    failed = [name for name, passed in result["passed"].items() if not passed]
+    if failed:
+        raise VerificationError(f"verification failed: {', '.join(failed)}; do not use the files in {directory}")
+    return result
+
+
+def describe(result: dict[str, Any]) -> list[str]:
+    """One line per check."""
+    passed = {name: "verified" if ok else "FAILED" for name, ok in result["passed"].items()}
+    return [
+        f"{passed['reload']}: read back in a fresh process, logits of {result['rows']} rows equal those in memory "
+        f"(largest difference {result['reload_difference']:g})",
+        f"{passed['blocks']}: the {result['blocks']:,} blocks of the adapter are those of the selection file",
+        f"{passed['weights']}: merged weights are base + delta, rounded once, in those blocks; the other "
+        f"{result['untouched_weights']:,} weights equal the base bit for bit",
+        f"{passed['merged']}: merged logits differ from the adapter's by {result['merged_difference']:.2g} at most "
+        f"(rounding in {result['dtype']} allows {result['merged_tolerance']:.2g})",
+    ]
+
+
+def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of the real tokens, `(tokens, vocabulary)`, on the CPU."""
+    device = model.device
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    return logits.cpu()[mask.bool()].contiguous()
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER)}
+    return {**kept, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+
+
+def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
+    """The checks themselves, in the fresh process."""
+    from peft import PeftModel
+
+    device = settings["device"]
+    base = load_model(settings["base"], settings["dtype"], device)
+    model = PeftModel.from_pretrained(base, settings["adapter"]).eval()
+    ids, mask, expected = probe["input_ids"], probe["attention_mask"], probe["logits"]
+    own = _logits(base, ids, mask)
+    selection = BlockSelection.load(settings["selection"])
+    layouts, deltas = _read_adapter(Path(settings["adapter"]), selection)
+    merged_model = model.merge_and_unload()
+    merged = _logits(merged_model, ids, mask)
+    weights_ok, untouched = _compare_weights(merged_model, load_model(settings["base"], settings["dtype"], "cpu"),
+                                             layouts, deltas)
+    difference = (merged.double() - own.double()).abs().max().item()
+    dtype = getattr(torch, settings["dtype"])
+    tolerance = ROUNDING_FACTOR * math.sqrt(len(layouts)) * torch.finfo(dtype).eps * own.abs().max().item()
+    return {
+        "passed": {"reload": torch.equal(own, expected), "blocks": bool(layouts), "weights": weights_ok,
+                   "merged": difference <= tolerance},
+        "rows": len(ids), "reload_difference": (own.double() - expected.double()).abs().max().item(),
+        "blocks": sum(map(len, layouts.values())), "untouched_weights": untouched,
+        "merged_difference": difference, "merged_tolerance": tolerance, "dtype": settings["dtype"],
+    }
+
+
+def _read_adapter(directory: Path, selection: BlockSelection) -> tuple[dict[str, BlockLayout], dict[str, Tensor]]:
+    """Layouts and deltas as the file holds them; nothing when its blocks are not those of the selection."""
+    tensors = load_file(directory / "adapter_model.safetensors")
+    prefix, suffix = "base_model.model.", ".smt_blocks.weight"
+    names = {key.removeprefix(prefix).removesuffix(suffix): key for key in tensors if key.endswith(suffix)}
+    indices = {name: tensors[key.removesuffix("weight") + "index"] for name, key in names.items()}
+    same = indices.keys() == selection.blocks.keys() and all(
+        torch.equal(index, selection.blocks[name]) for name, index in indices.items())
+    if not same:
+        return {}, {}
+    return {name: selection.layout(name) for name in names}, {name: tensors[key] for name, key in names.items()}
+
+
+def _compare_weights(merged: nn.Module, base: nn.Module, layouts: dict[str, BlockLayout],
+                     deltas: dict[str, Tensor]) -> tuple[bool, int]:
+    """Whether merged == base + delta rounded once inside the blocks, == base outside; and how many lie outside."""
+    from transformers.pytorch_utils import Conv1D
+
+    after = dict(merged.named_parameters())
+    same, untouched = True, 0
+    for name, before in base.named_parameters():
+        module = name.removesuffix(".weight")
+        expected = before.detach()
+        if name.endswith(".weight") and module in layouts:
+            transposed = isinstance(base.get_submodule(module), Conv1D)
+            expected = _merged_by_hand(expected.t() if transposed else expected, layouts[module], deltas[module])
+            expected = expected.t() if transposed else expected
+            untouched -= layouts[module].effective_numel
+        untouched += before.numel()
+        same = same and torch.equal(after[name].detach().cpu(), expected)
+    return same, untouched
+
+
+def _merged_by_hand(weight: Tensor, layout: BlockLayout, delta: Tensor) -> Tensor:
+    packed, flat = layout.elements
+    merged = weight.contiguous().view(-1).clone()
+    merged[flat] = (merged[flat].float() + delta.reshape(-1)[packed].float()).to(weight.dtype)
+    return merged.view(weight.shape)
+
+
+def main(argv: Sequence[str]) -> None:
+    import smt_peft  # noqa: F401  registers the tuner type
+
+    with safe_open(argv[0], framework="pt") as file:
+        settings = json.loads(file.metadata()["settings"])
+        probe = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator of its own)
+    torch.set_num_threads(settings["threads"])
+    torch.set_float32_matmul_precision(settings["precision"])
+    print(json.dumps(check(probe, settings)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

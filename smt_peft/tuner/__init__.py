@@ -1,0 +1,1 @@
+"""SMT as a tuner of PEFT: the model, the layers, and which forward a layer takes."""

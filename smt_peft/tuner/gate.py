@@ -1,0 +1,66 @@
+"""Which forward a layer may take. Each check answers with the reason why not, so that the choice can be told."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def why_not_fused(base: nn.Module, blocks: nn.Module, x: Tensor) -> str | None:
+    """Why the base layer must be called as a module, its output then added to, instead of by its weight in one GEMM."""
+    # By exact type: a subclass (quantised, parametrized, sharded) may compute something else in its forward.
+    if type(base) not in (nn.Linear, Conv1D):
+        return f"the base layer is a {type(base).__name__}"
+    for module in (base, blocks):
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            return "hooks are registered on the layer"
+    if "forward" in base.__dict__:
+        return "the base layer's forward has been replaced"
+    if _has_any_global_hook():
+        return "global module hooks are registered"
+    return _why_not_weight(base, blocks.weight) or _why_not_input(base.weight, x)
+
+
+def _why_not_weight(base: nn.Module, delta: Tensor) -> str | None:
+    weight = base.weight
+    if type(weight) is not nn.Parameter:
+        return f"the weight is a {type(weight).__name__}"
+    if weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return "the base layer is trained too"
+    if hasattr(weight, "ds_id"):
+        return "the weight is partitioned by DeepSpeed ZeRO-3"
+    if weight.ndim != 2 or not weight.is_contiguous() or weight.is_meta:
+        return "the weight is no contiguous matrix"
+    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return f"the weight is stored as {weight.dtype}"
+    if type(delta) is not nn.Parameter or delta.ndim != 3 or delta.device != weight.device:
+        return "the blocks are sharded or on another device"
+    return None
+
+
+def _why_not_input(weight: Tensor, x: Tensor) -> str | None:
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"the input is a {type(x).__name__}"
+    device = x.device.type
+    if x.dtype != weight.dtype and (not torch.is_autocast_enabled(device) or torch.float64 in (x.dtype, weight.dtype)):
+        return f"the input is {x.dtype}, the weight {weight.dtype}"
+    return None
+
+
+def why_not_swap(weight: Tensor) -> str | None:
+    """Why the weight of a layer that may be fused must not be written, not even for the length of a GEMM."""
+    if weight.is_inference():
+        return "the weight is an inference tensor"
+    if weight.device.type == "cpu" and weight.is_shared():
+        return "the weight is shared between processes"
+    return None
+
+
+def is_traced() -> bool:
+    """Whether autograd Functions with side effects are out: under a compiler, a tracer or a `torch.func` transform."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()
+            or torch._C._functorch.peek_interpreter_stack() is not None)

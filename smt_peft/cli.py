@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -13,18 +14,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported late, so that `smt --help` answers at once.
     from .training.errors import ConfigError, VerificationError
 
+    # TRL still calls these by their old names, which is nothing a user can mend.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     try:
         args.verb(args)
-    except ConfigError as error:
+    except (ConfigError, VerificationError) as error:
         if args.traceback:
             raise
         print(f"smt {args.name}: {error}", file=sys.stderr)
-        return 2
-    except VerificationError as error:
-        if args.traceback:
-            raise
-        print(f"smt {args.name}: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, VerificationError) else 2
     return 0
 
 

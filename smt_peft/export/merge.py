@@ -6,14 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def merge_adapter(adapter_dir: str | Path, out_dir: str | Path) -> None:
-    """Write the base model with the adapter merged, and the tokenizer, as a Transformers checkpoint.
+    """Write the base model with the adapter merged, and its tokenizer if there is one, as a Transformers checkpoint.
 
     The base comes from `base_model_name_or_path` in the adapter's `adapter_config.json`, in the checkpoint's own dtype.
     Merged weights are base + delta, rounded once. Everything is written aside and renamed at the end.
@@ -32,7 +31,9 @@ def merge_adapter(adapter_dir: str | Path, out_dir: str | Path) -> None:
     aside = out_dir.with_name(out_dir.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     merged.save_pretrained(aside)
-    _tokenizer(adapter_dir, base).save_pretrained(aside)
+    tokenizer = _tokenizer(adapter_dir, base)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(aside)
     if out_dir.exists():
         out_dir.rmdir()
     aside.rename(out_dir)
@@ -57,13 +58,16 @@ def _load_base(base: str) -> PreTrainedModel:
         names = AutoConfig.from_pretrained(base).architectures or []
         # The class the checkpoint was saved from: an Auto class would drop a head it does not know.
         loader = getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
-        with torch.device("cpu"):
-            return loader.from_pretrained(base, dtype="auto")
+        return loader.from_pretrained(base, dtype="auto")
     except (OSError, ValueError) as error:
         raise ValueError(f"the base model {base}, named in the adapter's base_model_name_or_path, cannot be loaded: "
                          f"{error}") from error
 
 
-def _tokenizer(adapter_dir: Path, base: str):
+def _tokenizer(adapter_dir: Path, base: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved with the adapter, else the base's; None for a model without one."""
     own = (adapter_dir / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(adapter_dir if own else base)
+    try:
+        return AutoTokenizer.from_pretrained(adapter_dir if own else base)
+    except (OSError, ValueError, KeyError):
+        return None

@@ -49,6 +49,8 @@ def run_with_blocks(gemm: Callable[[], Tensor], weight_NK: Tensor, delta_Brc: Te
 
 def heal(weight: Tensor) -> None:
     """Put the base back if an interrupt (Ctrl-C) cut off the end of a swap on this weight; else do nothing."""
+    if torch.compiler.is_compiling():
+        return
     if weight in _unrestored:
         with _lock_of(weight):
             if weight in _unrestored:

@@ -20,18 +20,26 @@ BACKGROUND = "Greys"
 
 
 def draw_selection(selection: BlockSelection, path: str | Path) -> None:
-    """Write a PNG: a heat map of layers by module kinds, and the block grids of a few matrices.
+    """Write the picture of a selection as a PNG."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    selection_figure(selection).savefig(aside, format="png")
+    aside.replace(path)
+
+
+def selection_figure(selection: BlockSelection) -> Figure:
+    """A heat map of layers by kinds of module, and the block grids of a few matrices.
 
     Args:
         selection: the chosen blocks; where scores were kept, they shade the grids.
-        path: of the PNG.
     """
     found = places(selection)
     kinds = list(dict.fromkeys(place.kind for place in found))
-    layers = sorted({-1 if place.layer is None else place.layer for place in found})
     panels = _panels(found, kinds)
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
+    layers = sorted({_row(place) for place in found})
     map_height = max(2.0, 0.34 * len(layers) + 1.3)
     figure = Figure(figsize=(11, map_height + 2.9 * rows + 0.7), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
@@ -44,22 +52,24 @@ def draw_selection(selection: BlockSelection, path: str | Path) -> None:
         _grid(ax, selection, place)
     for ax in axes[len(panels):]:
         ax.set_axis_off()
-    what = "orange: chosen blocks" + ("; grey: score (log scale)" if selection.scores else "")
+    what = "orange: chosen blocks" + ("; grey: score, dark is high, log scale" if selection.scores else "")
     bottom.suptitle(f"Where the blocks lie in {len(panels)} of {len(found)} matrices ({what})", fontsize=10, color=INK)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    figure.savefig(aside, format="png")
-    aside.replace(path)
+    return figure
+
+
+def _row(place: Place) -> int:
+    """Row of the heat map: the layer; -1 gathers what lies outside the layers."""
+    return -1 if place.layer is None else place.layer
 
 
 def _heat_map(figure, found: list[Place], kinds: list[str], layers: list[int]) -> None:
     shares = np.full((len(layers), len(kinds)), np.nan)
     for place in found:
-        shares[layers.index(-1 if place.layer is None else place.layer), kinds.index(place.kind)] = 100 * place.share
+        shares[layers.index(_row(place)), kinds.index(place.kind)] = 100 * place.share
     ax = figure.subplots()
     top = np.nanmax(shares)
-    image = ax.imshow(shares, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+    # Room above the largest share keeps the numbers legible and an even budget from shouting.
+    image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1.4 * top, aspect="auto")
     ax.set_xticks(range(len(kinds)), kinds, fontsize=9)
     ax.set_yticks(range(len(layers)), ["-" if layer < 0 else str(layer) for layer in layers], fontsize=9)
     ax.set_xlabel("module")
@@ -70,7 +80,7 @@ def _heat_map(figure, found: list[Place], kinds: list[str], layers: list[int]) -
         for (row, column), share in np.ndenumerate(shares):
             if not np.isnan(share):
                 ax.text(column, row, f"{share:.1f}", ha="center", va="center", fontsize=8,
-                        color="white" if share < 0.6 * top else "black")
+                        color="white" if share > 0.8 * top else INK)
     figure.colorbar(image, ax=ax, label="% of weights", pad=0.01)
 
 

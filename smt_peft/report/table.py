@@ -13,10 +13,15 @@ def report(metrics: Mapping[str, Any], selection: BlockSelection) -> str:
     """The report of a run in Markdown that reads well as plain text.
 
     Args:
-        metrics: as in `metrics.json`: `before`, `after`, optionally `lora`, and `trainable_parameters`.
+        metrics: as in `metrics.json`: `before`, `after`, optionally `lora`, `trainable_parameters`, and
+            optionally `seconds`, by part of the run.
         selection: the chosen blocks.
     """
-    parts = ["## Result", results(metrics), "## Blocks chosen where", selection.summary() + ".", by_kind(selection)]
+    parts = ["## Result", results(metrics)]
+    if "seconds" in metrics:
+        laps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in metrics["seconds"].items())
+        parts.append(f"Seconds of the SMT run: {laps}.")
+    parts += ["## Blocks chosen where", selection.summary() + ".", by_kind(selection)]
     layers = by_layer(selection)
     if layers:
         parts.append(layers)
@@ -30,7 +35,7 @@ def results(metrics: Mapping[str, Any]) -> str:
     if "lora" in metrics:
         rows[f"LoRA, rank {metrics['lora']['rank']}"] = metrics["lora"]
     columns = {"exact_match": ("exact match", "{:.1%}"), "eval_loss": ("eval loss", "{:.4f}"),
-               "trainable_parameters": ("trainable parameters", "{:,}"), "seconds": ("seconds", "{:.0f}")}
+               "trainable_parameters": ("trainable parameters", "{:,}"), "seconds": ("training seconds", "{:.0f}")}
     shown = [key for key in columns if any(key in row for row in rows.values())]
     cells = [["model", *(columns[key][0] for key in shown)]]
     for name, row in rows.items():

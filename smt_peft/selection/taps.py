@@ -137,12 +137,11 @@ def weight_gradient(pairs: list[tuple[Tensor, Tensor]], shape: tuple[int, int]) 
     device = pairs[0][1].device
     dtype = torch.float64 if pairs[0][1].dtype == torch.float64 else torch.float32
     grad = torch.zeros(shape, dtype=dtype, device=device)
-    # The caller's autocast is still on during backward and would round the products.
-    with torch.autocast(device.type, enabled=False):
-        for x, dy in pairs:
-            for part, grad_part in zip(x.reshape(-1, shape[1]).split(_TOKENS), dy.reshape(-1, shape[0]).split(_TOKENS),
-                                       strict=True):
-                grad.addmm_(grad_part.to(dtype).t(), part.to(dtype))
+    for x, dy in pairs:
+        parts = zip(x.reshape(-1, shape[1]).split(_TOKENS), dy.reshape(-1, shape[0]).split(_TOKENS), strict=True)
+        for part, grad_part in parts:
+            # In place, which the caller's autocast leaves alone.
+            grad.addmm_(grad_part.to(dtype).t(), part.to(dtype))
     return grad
 
 

@@ -81,10 +81,14 @@ def _warm_up(model: nn.Module, config: SMTConfig, taps: Taps, dataloader: Iterab
     """Run the batches through the borrowed model; an error in one process is raised in all."""
     seen, failure = _Seen(), None
     try:
-        with borrowed(model, config.seed, checkpointing=isinstance(taps, GradientTaps)) as base, taps.installed():
-            with tqdm(islice(dataloader, num_batches), total=_length(dataloader, num_batches), leave=False,
-                      desc="scoring blocks", disable=not progress) as batches:
-                _run(base, batches, taps, loss_fn, seen)
+        # The loader is opened inside, so that its shuffling follows the seed and spares the caller's random state.
+        with (
+            borrowed(model, config.seed, checkpointing=isinstance(taps, GradientTaps)) as base,
+            taps.installed(),
+            tqdm(islice(dataloader, num_batches), total=_length(dataloader, num_batches), leave=False,
+                 desc="scoring blocks", disable=not progress) as batches,
+        ):
+            _run(base, batches, taps, loss_fn, seen)
         if seen.batches == 0:
             raise ValueError(f"the dataloader gave no batch to score blocks on; {_DATALOADER} with at least one")
     except Exception as error:
@@ -198,7 +202,7 @@ def _make_taps(targets: Mapping[str, Target], grids: Mapping[str, BlockGrid], co
     sums = [score.dense for score in scores.values() if score.dense is not None]
     if sums:
         size = sum(dense.numel() * dense.element_size() for dense in sums) / 2**20
-        say(f"score='grad_sum_abs' keeps {size:,.0f} MiB of gradient sums on {sums[0].device}; accumulator_device='cpu' "
+        say(f"score='grad_sum_abs' keeps {size:,.1f} MiB of gradient sums on {sums[0].device}; accumulator_device='cpu' "
             "keeps them off the accelerator, score='mean_abs' needs none")
     return GradientTaps(targets, scores)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 @torch.no_grad()
 def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], *,
-                max_new_tokens: int, batch_size: int, label: str = "exact match") -> float:
+                max_new_tokens: int, batch_size: int, label: str | None = None) -> float:
     """Share of rows whose greedy completion equals the expected one, surrounding blanks aside.
 
     Args:
@@ -20,7 +20,7 @@ def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
         rows: `prompt` and `completion`, text or lists of messages.
         max_new_tokens: length limit of a completion.
         batch_size: prompts completed at once.
-        label: what the progress bar says.
+        label: what the progress bar says; None shows none.
     """
     plain = isinstance(rows[0]["prompt"], str)  # a chat template has put the special tokens in already
     prompts = [_prompt(tokenizer, row["prompt"]) for row in rows]
@@ -32,7 +32,8 @@ def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
     tokenizer.padding_side = "left"
     hits = 0
     try:
-        for start in tqdm(range(0, len(order), batch_size), desc=label, leave=False):
+        for start in tqdm(range(0, len(order), batch_size), desc=label, leave=False,
+                          disable=label is None):
             chosen = order[start:start + batch_size]
             batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True,
                               add_special_tokens=plain, return_token_type_ids=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from .errors import ConfigError
 
@@ -18,10 +19,13 @@ def load_model(name: str, dtype: str | None, device: torch.device | str) -> PreT
     """
     if dtype is None:
         dtype = "float32" if torch.device(device).type == "cpu" else "auto"
+    disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model_name_or_path: {name} cannot be loaded: {error}") from error
+    finally:
+        enable_progress_bar()
     return model.to(device).eval()
 
 

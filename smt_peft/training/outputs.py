@@ -57,8 +57,10 @@ def check_output_dir(run: Run) -> str | None:
 
 
 def _checkpoint(directory: Path, wanted: bool | str, earlier: dict | None, run: Run) -> str:
-    found = get_last_checkpoint(directory) if wanted is True and directory.is_dir() else wanted
-    if wanted is True and found is None:
+    found = wanted
+    if wanted is True:
+        found = get_last_checkpoint(directory) if directory.is_dir() else None
+    if found is None:
         raise ConfigError(f"{_RESUME}: there is no checkpoint in {directory}; leave the key out to start anew (and set "
                           "save_steps to have checkpoints)")
     if not Path(found).is_dir():

@@ -65,12 +65,13 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
         ConfigError: the output directory, the model, the data or the `smt:` block cannot be used.
         VerificationError: what was saved is not what was trained.
     """
-    start = time.perf_counter()
+    clock = _Clock()
     checkpoint = outputs.check_output_dir(run)
     directory = Path(run.trainer.output_dir)
     prepared = prepare(run)
+    clock.lap("loading")
     selection = choose(run, prepared, directory / outputs.SELECTION if checkpoint else None)
-    selected = time.perf_counter()
+    clock.lap("selection")
     trainer = make_trainer(run, prepared, _smt_config(run, selection), callbacks)
     main = trainer.is_world_process_zero()
     if main:
@@ -80,16 +81,17 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
     seconds = fit(run, trainer, checkpoint)
     after = measure(run, prepared, trainer, "after")
     metrics = {"before": before, "after": {**after, "seconds": seconds},
-               "trainable_parameters": selection.effective_numel, "seconds_selection": round(selected - start, 1),
-               "log_history": trainer.state.log_history, **_circumstances(trainer)}
+               "trainable_parameters": selection.effective_numel, "seconds": clock.laps | {"training": seconds},
+               **_circumstances(trainer), "log_history": trainer.state.log_history}
     if main:
         outputs.save_adapter(trainer.model, prepared.tokenizer, directory)
+        outputs.write_metrics(directory, metrics)
         if run.config.verify:
             metrics["verified"] = _verify(run, prepared, trainer, directory)
     del trainer
     if run.config.compare_lora:
         metrics["lora"] = compare_lora(run, prepared, selection)
-    metrics["seconds_total"] = round(time.perf_counter() - start, 1)
+    metrics["seconds"]["total"] = clock.total()
     if main:
         _finish(directory, selection, metrics)
     return metrics
@@ -137,12 +139,12 @@ def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
         print(f"selection from {file}: {selection.summary()}")
         return selection
     loader = prepared.trainer.get_train_dataloader()
-    batches = min(run.warmup_batches, len(loader))
-    # The sampler draws from the global generators, which the training must find as if no warm-up had been.
-    with torch.random.fork_rng(), _blaming("smt"):
-        torch.manual_seed(run.trainer.seed)
-        selection = select_blocks(prepared.model, run.smt, loader, num_batches=batches)
-    print(f"selection: {selection.summary()}")
+    set_seed(run.trainer.seed)
+    with _blaming("smt"):
+        selection = select_blocks(prepared.model, run.smt, loader, num_batches=run.warmup_batches,
+                                  progress=not run.trainer.disable_tqdm)
+    # Accelerate believes a loader that was left half way to be in use still.
+    loader.end()
     return selection
 
 
@@ -161,7 +163,8 @@ def make_trainer(run: Run, prepared: Prepared, config: PeftConfig, callbacks: Se
 
 def fit(run: Run, trainer: SFTTrainer, checkpoint: str | None = None) -> float:
     """Train; returns the seconds it took."""
-    # Again, so that a resumed run draws the same order of rows as one that never stopped.
+    # Again, so that neither the warm-up nor an evaluation before the training changes the order of its rows: a resumed
+    # run and one with a selection file draw the same.
     set_seed(run.trainer.seed)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -178,7 +181,8 @@ def measure(run: Run, prepared: Prepared, trainer: SFTTrainer, label: str) -> di
     if run.config.eval_exact_match:
         found["exact_match"] = exact_match(trainer.model, prepared.tokenizer, prepared.data.evaluation,
                                            max_new_tokens=run.config.generation_max_new_tokens,
-                                           batch_size=run.config.generation_batch_size, label=f"exact match {label}")
+                                           batch_size=run.config.generation_batch_size,
+                                           label=None if run.trainer.disable_tqdm else f"exact match {label}")
     if found:
         print(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
     return found
@@ -226,6 +230,20 @@ def _circumstances(trainer: SFTTrainer) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": f"{device.type} ({name})", "threads": torch.get_num_threads(),
             "python": platform.python_version(), "versions": {name: version(name) for name in PACKAGES}}
+
+
+class _Clock:
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self.last, 1)
+        self.last = now
+
+    def total(self) -> float:
+        return round(time.perf_counter() - self.start, 1)
 
 
 class _blaming:

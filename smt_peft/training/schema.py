@@ -6,6 +6,7 @@ Every key is checked before anything is loaded, and all errors are reported at o
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -298,12 +299,16 @@ def _build(build, given: Mapping[str, Any], prefix: str, errors: _Errors) -> Any
     try:
         with warnings.catch_warnings():
             # TRL sets `gradient_checkpointing` itself, so transformers' notice of its new name is not the user's.
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
             return build(dict(given))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         message = str(error)
-        guilty = next((key for key in given if key in message),
-                      next((key for key, value in given.items() if len(str(value)) > 1 and str(value) in message), ""))
+        guilty = next((key for key in given if _mentions(message, key)),
+                      next((key for key, value in given.items() if _mentions(message, value)), ""))
         key = ".".join(part for part in (prefix, guilty) if part)
         errors.add(key, f"{key}: {message}" if key else message)
         return None
+
+
+def _mentions(message: str, word: Any) -> bool:
+    return re.search(rf"(?<!\w){re.escape(str(word))}(?!\w)", message) is not None

@@ -39,6 +39,9 @@ class SMTBlocks(nn.Module):
         Raises:
             ValueError: the index is out of range, duplicated or unsorted; names the module.
         """
+        if self._layout is not None and torch.compiler.is_compiling():
+            # The index is a symbol there, whose values cannot be checked; loading another drops this layout.
+            return self._layout[1]
         self.untouched = False
         key = (id(self.index), self.index._version, self.index.device)
         if self._layout is None or self._layout[0] != key:
@@ -74,6 +77,7 @@ class SMTBlocks(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + "index" in state_dict:
             self.untouched = False
+            self._layout = None
 
     def __getstate__(self):
         # Derived from the index; dropped so that copies and pickles stay as small as the adapter.

@@ -1,0 +1,97 @@
+"""The architecture, held: imports go one way, and importing the package costs nothing it need not."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "smt_peft"
+
+# Each room, with the rooms it may import from. A room not listed may be imported by nobody.
+ALLOWED = {
+    "blocks": set(),
+    "fingerprint": set(),
+    "say": set(),
+    "_register": {"config", "tuner"},
+    "config": {"blocks"},
+    "ops": {"blocks"},
+    "targets": {"config"},
+    "selection": {"blocks", "config", "fingerprint", "ops", "say", "targets"},
+    "tuner": {"blocks", "config", "fingerprint", "ops", "say", "selection", "targets"},
+    "export": {"blocks", "config", "ops", "say", "tuner"},
+    "report": {"blocks", "config", "export", "ops", "say"},
+    "training": {"__init__", "blocks", "config", "export", "fingerprint", "ops", "report", "say", "selection", "targets", "tuner"},
+    "cli": {"export", "report", "say", "selection", "training"},
+    "__init__": {"_register", "blocks", "config", "selection"},
+}
+# The hosts, and the rooms that may know them.
+HOSTS = {"peft": {"_register", "config", "targets", "tuner", "export", "training"}, "trl": {"training"},
+         "datasets": {"training"}, "triton": set(), "matplotlib": {"report"}, "omegaconf": {"training"},
+         "pydantic": {"training"}}
+
+
+def imports():
+    """`(file, room, imported room or None, imported top-level package or None)` for every import in the package."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        room = parts[0]
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    yield file, room, *_resolve(alias.name.split("."))
+            elif isinstance(node, ast.ImportFrom):
+                module = (node.module or "").split(".") if node.module else []
+                if node.level == 0:
+                    yield file, room, *_resolve(module)
+                    continue
+                package = list(parts[:-1])[: len(parts) - node.level]
+                full = [*package, *module]
+                for name in [full[0]] if full else [alias.name for alias in node.names]:
+                    yield file, room, name, None
+
+
+def _resolve(parts):
+    return (parts[1] if len(parts) > 1 else "__init__", None) if parts[0] == "smt_peft" else (None, parts[0])
+
+
+def test_imports_go_one_way():
+    seen = set()
+    for file, room, ours, host in imports():
+        seen.add(room)
+        where = f"{file.relative_to(PACKAGE)} (room {room})"
+        if ours is not None and ours != room:
+            assert ours in ALLOWED[room], f"{where} imports smt_peft.{ours}"
+        if host in HOSTS:
+            assert room in HOSTS[host], f"{where} imports {host}"
+    assert seen == set(ALLOWED)
+
+
+def test_no_cycle_in_what_is_allowed():
+    left = {room: set(uses) for room, uses in ALLOWED.items()}
+    while left:
+        free = {room for room, uses in left.items() if not uses}
+        assert free, f"these rooms import each other: {sorted(left)}"
+        left = {room: uses - free for room, uses in left.items() if room not in free}
+
+
+def test_importing_the_package_loads_no_triton_trl_or_cuda():
+    code = """
+import sys, torch
+import smt_peft
+heavy = {"triton", "trl", "datasets", "matplotlib", "omegaconf", "pydantic"} & set(sys.modules)
+assert "triton" not in heavy and "trl" not in heavy and "datasets" not in heavy and "matplotlib" not in heavy, heavy
+assert not torch.cuda.is_initialized()
+print("light")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "light", done.stderr
+
+
+def test_public_names():
+    import smt_peft
+
+    assert smt_peft.__all__ == ["BlockSelection", "SMTConfig", "__version__", "select_blocks"]
+    for name in smt_peft.__all__:
+        assert getattr(smt_peft, name) is not None

@@ -1,0 +1,44 @@
+"""The command line: only what works is offered, it starts fast, and errors come without a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+from conftest import ROOT, smt
+from transformers import AutoModelForCausalLM
+
+from smt_peft import cli
+
+
+def test_help_loads_no_torch_and_names_the_verbs():
+    """Loaded as a file: `import smt_peft` itself needs torch."""
+    code = ("import importlib.util, sys\n"
+            f"spec = importlib.util.spec_from_file_location('cli', {str(ROOT / 'smt_peft' / 'cli.py')!r})\n"
+            "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+            "try: module.main(['--help'])\n"
+            "except SystemExit as stop: assert stop.code == 0\n"
+            "assert 'torch' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in ("train", "select", "merge"))
+
+
+def test_an_error_in_the_yaml_ends_with_status_2_and_no_traceback(workshop):
+    process = smt("train", workshop.write("typo", learning_rat=1e-3))
+    assert process.returncode == 2
+    assert "did you mean 'learning_rate'?" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_merge_writes_the_model_that_was_evaluated(finished, workshop, tmp_path, capsys):
+    assert cli.main(["merge", str(finished.directory), str(tmp_path / "merged")]) == 0
+    assert "merged" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(workshop.directory / "model")
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert not torch.equal(merged(ids).logits, base(ids).logits)
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+    assert cli.main(["merge", str(finished.directory), str(tmp_path / "merged")]) == 2
+    assert "not empty" in capsys.readouterr().err

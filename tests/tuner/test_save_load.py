@@ -1,0 +1,260 @@
+"""Adapters on disk: what is saved loads again, in a fresh process too, and what is damaged is refused by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import batch, tiny_gpt2, tiny_llama
+from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from smt_peft import SMTConfig, select_blocks
+
+SETTINGS = {"target_modules": "all-linear", "density": 0.2, "block_size": 8, "score": "magnitude"}
+
+
+def trained(base, **settings):
+    model = get_peft_model(base, SMTConfig(**{**SETTINGS, "init_weights": False, **settings}))
+    return model.eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A base checkpoint, an adapter on it, and the logits of both together."""
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    # Counts that differ from module to module, as a global budget gives them.
+    model = trained(base, budget="global", spread="free")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path, model(**batch()).logits.detach()
+
+
+def test_the_files_are_pefts_own_layout(saved):
+    path, _ = saved
+    config = json.loads((path / "adapter" / "adapter_config.json").read_text())
+    tensors = load_file(path / "adapter" / "adapter_model.safetensors")
+    assert config["peft_type"] == "SMT" and "selection" not in config
+    counts = {count for count, _, _ in config["block_pattern"].values()}
+    assert len(counts) > 1
+    for module, (count, rows, cols) in config["block_pattern"].items():
+        weight = tensors.pop(f"base_model.model.{module}.smt_blocks.weight")
+        index = tensors.pop(f"base_model.model.{module}.smt_blocks.index")
+        assert weight.shape == (count, rows, cols) and weight.dtype == torch.float32
+        assert index.shape == (count, 2) and index.dtype == torch.int32
+    assert not tensors
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_from_pretrained(saved, low_cpu_mem_usage):
+    path, logits = saved
+    base = AutoModelForCausalLM.from_pretrained(path / "base")
+    model = PeftModel.from_pretrained(base, path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(model(**batch()).logits, logits)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_other_roads_in(saved):
+    path, logits = saved
+    tensors = load_file(path / "adapter" / "adapter_model.safetensors")
+    config = PeftConfig.from_pretrained(path / "adapter")
+    injected = inject_adapter_in_model(config, AutoModelForCausalLM.from_pretrained(path / "base"))
+    set_peft_model_state_dict(injected, tensors)
+    assert torch.equal(injected.eval()(**batch()).logits, logits)
+
+    loaded = AutoModelForCausalLM.from_pretrained(path / "base")
+    loaded.load_adapter(str(path / "adapter"))
+    assert torch.equal(loaded.eval()(**batch()).logits, logits)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(path / "adapter").eval()(**batch()).logits, logits)
+
+
+def test_reload_in_a_fresh_process(saved):
+    path, logits = saved
+    torch.save({"batch": batch(), "logits": logits}, path / "expected.pt")
+    code = """
+import sys, torch, smt_peft
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1] + "/adapter").eval()
+expected = torch.load(sys.argv[1] + "/expected.pt")
+assert torch.equal(model(**expected["batch"]).logits, expected["logits"])
+print("equal")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("equal"), done.stderr
+
+
+def test_training_goes_on_after_loading(saved):
+    path, _ = saved
+    base = AutoModelForCausalLM.from_pretrained(path / "base")
+    model = PeftModel.from_pretrained(base, path / "adapter", is_trainable=True).train()
+    model(**batch()).loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert grads and all(grad is not None for grad in grads)
+
+
+def test_a_bf16_copy_of_the_base_is_still_the_base(saved):
+    path, logits = saved
+    base = AutoModelForCausalLM.from_pretrained(path / "base", dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(base, path / "adapter")
+    assert torch.allclose(model(**batch()).logits.float(), logits, atol=0.05)
+
+
+def test_a_second_adapter_is_loaded_and_deleted(saved):
+    path, logits = saved
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path / "base"), path / "adapter", "first")
+    model.load_adapter(path / "adapter", "second")
+    model.delete_adapter("first")
+    model.set_adapter("second")
+    assert torch.equal(model(**batch()).logits, logits)
+
+
+def test_modules_to_save_and_gpt2(tmp_path):
+    base = tiny_gpt2().eval()
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = trained(base, modules_to_save=["ln_f"])
+    logits = model(**batch()).logits
+    model.save_pretrained(tmp_path)
+    again = tiny_gpt2().eval()
+    again.load_state_dict(state)
+    assert torch.equal(PeftModel.from_pretrained(again, tmp_path)(**batch()).logits, logits)
+
+
+class TestWrongBase:
+    def test_other_weights(self, saved):
+        path, _ = saved
+        torch.manual_seed(1)
+        with pytest.raises(ValueError, match=r"model\.layers\.\S+: the base weights are not those.*base_model_name_or_path"):
+            PeftModel.from_pretrained(tiny_llama(), path / "adapter")
+
+    def test_other_shapes(self, saved):
+        path, _ = saved
+        _edit_config(path, base_fingerprint=None)
+        with pytest.raises(ValueError, match="block_pattern|has shape|matches no target"):
+            PeftModel.from_pretrained(tiny_llama(hidden=16), path / "adapter")
+
+    def test_fewer_layers(self, saved):
+        path, _ = saved
+        with pytest.raises(ValueError, match=r"block_pattern names 'model.layers.1.*no target module"):
+            PeftModel.from_pretrained(tiny_llama(layers=1), path / "adapter")
+
+    def test_the_model_is_as_before_the_error(self, saved):
+        path, _ = saved
+        torch.manual_seed(1)
+        model = get_peft_model(tiny_llama(), SMTConfig(**SETTINGS))
+        names = [name for name, _ in model.named_parameters()]
+        with pytest.raises(ValueError, match="base weights"):
+            model.load_adapter(path / "adapter", "other")
+        assert [name for name, _ in model.named_parameters()] == names
+        assert list(model.peft_config) == ["default"]
+
+
+def _damage(path, change):
+    file = path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("q_proj.smt_blocks.index"))
+    change(tensors, key, key.replace("index", "weight"))
+    save_file(tensors, file, {"format": "pt"})
+
+
+def _edit_config(path, **changes):
+    file = path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def _set(key_of, value):
+    def change(tensors, index, weight):
+        key = index if key_of == "index" else weight
+        tensors[key] = value(tensors[key])
+    return change
+
+
+DAMAGES = {
+    "out of range": (_set("index", lambda t: t + 1000), "outside the grid"),
+    "negative": (_set("index", lambda t: t - 1), "outside the grid"),
+    "duplicated": (_set("index", lambda t: t[:1].expand_as(t).contiguous()), "listed twice"),
+    "unsorted": (_set("index", lambda t: t.flip(0).contiguous()), "not sorted"),
+    "wrong dtype": (_set("index", lambda t: t.float()), "must be int32"),
+    "int64": (_set("index", lambda t: t.long()), "must be int32"),
+    "NaN": (_set("weight", lambda t: t * float("nan")), "NaN or infinity"),
+    "infinite": (_set("weight", lambda t: t + float("inf")), "NaN or infinity"),
+    "integer weight": (_set("weight", lambda t: t.int()), "not a float type"),
+    "wrong shape": (_set("weight", lambda t: t[:, :4].contiguous()), "has shape"),
+    "no index": (lambda tensors, index, weight: tensors.pop(index), "has no smt_blocks.index"),
+    "no weight": (lambda tensors, index, weight: tensors.pop(weight), "has no smt_blocks.weight"),
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_adapter_is_refused_by_module_name(saved, kind, low_cpu_mem_usage):
+    path, _ = saved
+    change, message = DAMAGES[kind]
+    _damage(path, change)
+    with pytest.raises(ValueError, match=f"layers.0.self_attn.q_proj: .*{message}"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path / "base"), path / "adapter",
+                                  low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def test_a_damaged_adapter_leaves_the_model_it_was_loaded_into(saved):
+    path, logits = saved
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path / "base"), path / "adapter")
+    _damage(path, DAMAGES["NaN"][0])
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        model.load_adapter(path / "adapter", "other")
+    assert list(model.peft_config) == ["default"]
+    assert not any(".other." in name for name, _ in model.named_parameters())
+    assert torch.equal(model(**batch()).logits, logits)
+
+
+def test_a_road_that_skips_the_checks_still_meets_them_before_an_operation(saved):
+    path, _ = saved
+    _damage(path, DAMAGES["out of range"][0])
+    loaded = AutoModelForCausalLM.from_pretrained(path / "base")
+    with pytest.raises(ValueError, match="q_proj: .*outside the grid"):
+        loaded.load_adapter(str(path / "adapter"))
+        loaded(**batch())
+
+
+def test_a_truncated_adapter_file(saved):
+    path, _ = saved
+    file = path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(Exception, match="(?i)incomplete|deserializ|invalid"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path / "base"), path / "adapter")
+
+
+@pytest.mark.parametrize("entry", [[3], [3, 8, -1], [0, 8, 8], "x", [3, 8, "8"], [10**9, 8, 8]], ids=str)
+def test_a_damaged_block_pattern(saved, entry):
+    path, _ = saved
+    pattern = json.loads((path / "adapter" / "adapter_config.json").read_text())["block_pattern"]
+    _edit_config(path, block_pattern={**pattern, next(iter(pattern)): entry})
+    with pytest.raises(ValueError, match="block_pattern"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path / "base"), path / "adapter")
+
+
+def test_a_selection_for_another_model_is_refused_before_anything_changes():
+    config = SMTConfig(**SETTINGS)
+    selection = select_blocks(tiny_llama(), config, None)
+    torch.manual_seed(1)
+    for base, message in ((tiny_llama(), "base weights are not those"), (tiny_llama(hidden=16), "selection is for a"),
+                          (tiny_llama(layers=1), "no target of the model")):
+        names = [name for name, _ in base.named_modules()]
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(base, SMTConfig(**SETTINGS, selection=selection))
+        assert [name for name, _ in base.named_modules()] == names
+
+
+def test_a_selection_by_path(tmp_path):
+    base = tiny_llama()
+    selection = select_blocks(base, SMTConfig(**SETTINGS), None)
+    selection.save(tmp_path / "s.safetensors")
+    model = get_peft_model(base, SMTConfig(**SETTINGS, selection=str(tmp_path / "s.safetensors")))
+    assert model.peft_config["default"].block_pattern == {
+        name: [len(blocks), 8, 8] for name, blocks in selection.blocks.items()}
+    with pytest.raises(FileNotFoundError, match="select_blocks"):
+        get_peft_model(tiny_llama(), SMTConfig(**SETTINGS, selection=str(tmp_path / "none")))

@@ -18,7 +18,8 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/smt train configs/quickstart.yaml overwrite_output_dir=true
+	rm -rf out/quickstart
+	$(BIN)/smt train configs/quickstart.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest

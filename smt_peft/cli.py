@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="smt", description="Fine-tune a model by training chosen blocks of its weights.")
+    parser = argparse.ArgumentParser(prog="smt",
+                                     description="Fine-tune a model by training chosen blocks of its weights.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for verb, text in ((_train, "select blocks, train, evaluate, save and verify"),
                        (_select, "choose blocks and save them, without training")):

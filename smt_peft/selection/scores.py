@@ -183,8 +183,8 @@ def checked(name: str, scores: Tensor) -> Tensor:
     scores = scores.to(device="cpu", dtype=torch.float32)
     if not bool(torch.isfinite(scores).all()):
         count = int((~torch.isfinite(scores)).sum())
-        raise ValueError(f"{name}: {count} of {scores.numel()} block scores are not finite; the gradients or weights of "
-                         "this module overflow or hold NaN. Run the pass in fp32 or bf16, or look for a bad batch")
+        raise ValueError(f"{name}: {count} of {scores.numel()} block scores are not finite; the gradients or weights "
+                         "of this module overflow or hold NaN. Run the pass in fp32 or bf16, or look for a bad batch")
     return scores
 
 
@@ -194,10 +194,13 @@ def random_scores(grid: BlockGrid, seed: int) -> Tensor:
 
 
 def diagonal_scores(grid: BlockGrid, order: Tensor) -> Tensor:
-    """1 on the wrapped diagonal, 0 elsewhere, less a tiny descent along `order` that spreads a part of it evenly; fp64 `(R, C)`.
+    """1 on the wrapped diagonal, 0 elsewhere, less a tiny descent along `order` that spreads a part of it evenly.
 
     Args:
         order: all blocks of the grid, best first, int64 row-major numbers.
+
+    Returns:
+        fp64 `(R, C)`.
     """
     # fp64: neighbours differ by less than fp32 can tell next to 1.
     scores = torch.empty(grid.num_blocks, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Taps on the targets: they see each module's inputs and output gradients and never a parameter's `.grad`.
 
-The gradient of a weight is `dY^T X`. Taking it from a tap works where the weight is frozen or packed, and lets one dense
-gradient be reduced to block scores and freed before the next module's exists.
+The gradient of a weight is `dY^T X`. Taking it from a tap works where the weight is frozen or packed, and lets one
+dense gradient be reduced to block scores and freed before the next module's exists.
 """
 
 from __future__ import annotations

@@ -202,8 +202,8 @@ def _make_taps(targets: Mapping[str, Target], grids: Mapping[str, BlockGrid], co
     sums = [score.dense for score in scores.values() if score.dense is not None]
     if sums:
         size = sum(dense.numel() * dense.element_size() for dense in sums) / 2**20
-        say(f"score='grad_sum_abs' keeps {size:,.1f} MiB of gradient sums on {sums[0].device}; accumulator_device='cpu' "
-            "keeps them off the accelerator, score='mean_abs' needs none")
+        say(f"score='grad_sum_abs' keeps {size:,.1f} MiB of gradient sums on {sums[0].device}; accumulator_device="
+            "'cpu' keeps them off the accelerator, score='mean_abs' needs none")
     return GradientTaps(targets, scores)
 
 
@@ -211,8 +211,8 @@ def _check_reached(names: list[str], reached: set[str]) -> None:
     flags = _summed(torch.tensor([float(name in reached) for name in names]))
     missed = [name for name, flag in zip(names, flags.tolist(), strict=True) if flag == 0]
     if len(missed) == len(names):
-        raise ValueError(f"none of the {len(names)} targeted modules was reached in any batch ({', '.join(missed[:3])}, "
-                         "...); name modules in target_modules that the loss depends on, or call them as modules")
+        raise ValueError(f"none of the {len(names)} targeted modules was reached in any batch ({', '.join(missed[:3])}"
+                         ", ...); name modules in target_modules that the loss depends on, or call them as modules")
     if missed:
         listed = ", ".join(missed[:5]) + (", ..." if len(missed) > 5 else "")
         warnings.warn(f"{len(missed)} of {len(names)} targeted modules were not reached in any batch and score 0: "
@@ -238,7 +238,8 @@ def _check_loader(dataloader: Any, config: SMTConfig) -> None:
         raise ValueError(f"score={config.score_name!r} needs data: {_DATALOADER}, or choose a score without data, such "
                          "as 'diagonal'")
     if not hasattr(dataloader, "__iter__") and not hasattr(dataloader, "__getitem__"):
-        raise TypeError(f"the dataloader is a {type(dataloader).__name__}, which cannot be iterated over; {_DATALOADER}")
+        raise TypeError(f"the dataloader is a {type(dataloader).__name__}, which cannot be iterated over; "
+                        f"{_DATALOADER}")
 
 
 def _length(dataloader: Any, num_batches: int) -> int:

@@ -10,8 +10,8 @@ from ..blocks import BlockSelection
 def lora_config(selection: BlockSelection) -> LoraConfig:
     """LoRA on every module that the selection could have chosen from, of the rank that comes nearest in size.
 
-    A rank-r LoRA of a `(rows, cols)` weight has `r * (rows + cols)` weights. `lora_alpha` is twice the rank, so that the
-    scale of the update does not depend on the rank; there is no dropout.
+    A rank-r LoRA of a `(rows, cols)` weight has `r * (rows + cols)` weights. `lora_alpha` is twice the rank, so that
+    the scale of the update does not depend on the rank; there is no dropout.
     """
     per_rank = sum(grid.rows + grid.cols for grid in selection.grids.values())
     rank = max(1, round(selection.effective_numel / per_rank))

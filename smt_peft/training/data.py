@@ -105,8 +105,8 @@ def _read_hub(name: str, split: str) -> Dataset:
     try:
         return load_dataset(name, split=split)
     except Exception as error:  # the Hub client raises errors of many libraries
-        raise ConfigError(f"dataset_name: {name} (split {split}) cannot be read: {error}; check the name, the split and "
-                          "the network, or use a local file in dataset_path") from error
+        raise ConfigError(f"dataset_name: {name} (split {split}) cannot be read: {error}; check the name, the split "
+                          "and the network, or use a local file in dataset_path") from error
 
 
 def to_trl(rows: Dataset, where: str, text_field: str = "text") -> tuple[Dataset, str]:

@@ -15,7 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from .errors import ConfigError
 from .schema import Run, RunConfig
 
-RUN, METRICS, SELECTION, REPORT, PICTURE = "run.yaml", "metrics.json", "selection.safetensors", "report.md", "blocks.png"
+RUN, METRICS, SELECTION = "run.yaml", "metrics.json", "selection.safetensors"
+REPORT, PICTURE = "report.md", "blocks.png"
 _FOREIGN = re.compile(r"checkpoint-\d+|adapter_.*|config\.json|.*\.(safetensors|bin|pt)")
 _RESUME = "resume_from_checkpoint"
 
@@ -48,8 +49,8 @@ def check_output_dir(run: Run) -> str | None:
         raise ConfigError(f"output_dir: {directory} holds another run ({'; '.join(changed[:3])}); choose another "
                           "output_dir, or delete that run")
     if (directory / METRICS).exists():
-        raise ConfigError(f"output_dir: {directory} holds this very run, finished; choose another output_dir, or delete "
-                          "that run to repeat it")
+        raise ConfigError(f"output_dir: {directory} holds this very run, finished; choose another output_dir, or "
+                          "delete that run to repeat it")
     if get_last_checkpoint(directory):
         raise ConfigError(f"output_dir: {directory} holds this run, stopped half way; go on with "
                           f"{_RESUME}=true, or delete it to start anew")
@@ -69,10 +70,11 @@ def _checkpoint(directory: Path, wanted: bool | str, earlier: dict | None, run: 
         raise ConfigError(f"{_RESUME}: {directory} has no {SELECTION}, which says what the checkpoint's weights are; "
                           "restore it, or start anew")
     changed = _differences(earlier or {}, run.resolved)
-    fixed = [change for change in changed if change.split(":")[0].split(".")[0] in {*RunConfig.__annotations__, "smt"}]
+    ours = {*RunConfig.__annotations__, "smt"}
+    fixed = [change for change in changed if change.split(":")[0].split(".")[0] in ours]
     if earlier is not None and fixed:
-        raise ConfigError(f"{_RESUME}: the run in {directory} differs ({'; '.join(fixed[:3])}); set these keys back, or "
-                          "choose another output_dir to start anew")
+        raise ConfigError(f"{_RESUME}: the run in {directory} differs ({'; '.join(fixed[:3])}); set these keys back, "
+                          "or choose another output_dir to start anew")
     for change in changed if earlier is not None else ():
         print(f"resuming with {change}")
     return str(found)

@@ -212,7 +212,8 @@ def _smt_config(run: Run, selection: BlockSelection) -> PeftConfig:
 def _verify(run: Run, prepared: Prepared, trainer: SFTTrainer, directory: Path) -> dict[str, Any]:
     rows = prepared.eval_set if prepared.eval_set is not None else prepared.train_set
     sequences = [rows[i]["input_ids"] for i in range(min(4, len(rows)))]
-    return verify_saved(trainer.model, sequences, run.config.model_name_or_path, directory / outputs.SELECTION, directory)
+    return verify_saved(trainer.model, sequences, run.config.model_name_or_path, directory / outputs.SELECTION,
+                        directory)
 
 
 def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any]) -> None:

@@ -8,21 +8,18 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from trl import SFTConfig
 
 from ..config import SMTConfig
-from .errors import ConfigError
+from .source import Errors, read_yaml
 
 AUTO = "auto"
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -121,8 +118,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError: lists every error with its line and the repair.
     """
-    settings, lines = _read(Path(path), overrides)
-    errors = _Errors(str(path), lines, overrides)
+    settings, lines = read_yaml(Path(path), overrides)
+    errors = Errors(str(path), lines, overrides)
     flat = _flatten(settings, errors)
     known = known_keys()
     good = {key: value for key, value in flat.items() if _check(key, value, known, errors)}
@@ -141,55 +138,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     return Run(config, sft, smt, warmup.selection, warmup.warmup_batches, resolved)
 
 
-class _Errors:
-    def __init__(self, path: str, lines: Mapping[str, int], overrides: Sequence[str]):
-        self.path, self.lines, self.messages = path, lines, []
-        self.overridden = {override.split("=", 1)[0] for override in overrides}
-
-    def add(self, key: str, message: str) -> None:
-        line = self.lines.get(key) or self.lines.get(key.split(".")[0])
-        place = "command line" if key in self.overridden else f"{self.path}, line {line}" if line else self.path
-        self.messages.append((line or 0, f"{place}: {message}"))
-
-    def about(self, part: str) -> bool:
-        """Whether there is an error already."""
-        return any(part in message for _, message in self.messages)
-
-    def raise_any(self) -> None:
-        if self.messages:
-            raise ConfigError("\n".join(message for _, message in sorted(self.messages, key=lambda pair: pair[0])))
-
-
-def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, int]]:
-    if not path.is_file():
-        raise ConfigError(f"there is no YAML file at {path}; pass the path of one, e.g. configs/quickstart.yaml")
-    for override in overrides:
-        if "=" not in override.lstrip("="):
-            raise ConfigError(f"command line: {override!r} is no override; write key=value, e.g. learning_rate=2e-4")
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        lines = dict(_key_lines(root)) if isinstance(root, yaml.MappingNode) else {}
-        loaded = OmegaConf.load(path) if root is not None else OmegaConf.create({})
-        if not isinstance(root, yaml.MappingNode | None):
-            raise ConfigError(f"{path}, line 1: a run is a mapping of `key: value` lines")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_container(merged, resolve=True), lines
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: no valid YAML: {getattr(error, 'problem', None) or error}") from error
-    except (OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {str(error).strip()}") from error
-
-
-def _key_lines(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
-    for key, value in node.value:
-        yield prefix + str(key.value), key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            yield from _key_lines(value, f"{prefix}{key.value}.")
-
-
-def _flatten(settings: dict[str, Any], errors: _Errors) -> dict[str, Any]:
+def _flatten(settings: dict[str, Any], errors: Errors) -> dict[str, Any]:
     flat = {str(key): value for key, value in settings.items() if key != "smt"}
     block = settings.get("smt")
     if isinstance(block, Mapping):
@@ -200,7 +149,7 @@ def _flatten(settings: dict[str, Any], errors: _Errors) -> dict[str, Any]:
     return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in flat.items()}
 
 
-def _check(key: str, value: Any, known: Mapping[str, Any], errors: _Errors) -> bool:
+def _check(key: str, value: Any, known: Mapping[str, Any], errors: Errors) -> bool:
     if key not in known:
         errors.add(key, f"unknown key {key!r}" + _hint(key, known))
         return False
@@ -240,7 +189,7 @@ def _describe(hint: Any) -> str:
     return names.get(origin or hint, getattr(hint, "__name__", str(hint)))
 
 
-def _check_presence(flat: Mapping[str, Any], errors: _Errors) -> None:
+def _check_presence(flat: Mapping[str, Any], errors: Errors) -> None:
     repairs = {"model_name_or_path": "name the base model: a directory or a name on the Hub",
                "output_dir": "name the directory that the run is to be saved in"}
     for key, repair in repairs.items():
@@ -251,20 +200,19 @@ def _check_presence(flat: Mapping[str, Any], errors: _Errors) -> None:
         found = "both are set" if sources else "neither is set"
         errors.add("dataset_path", f"exactly one of dataset_path and dataset_name is needed, {found}")
     has_eval = flat.get("eval_dataset_path") is not None or flat.get("dataset_test_split") is not None
-    for key in ("eval_exact_match",):
-        if flat.get(key) is True and not has_eval:
-            errors.add(key, f"{key} needs an evaluation set; name one in eval_dataset_path")
+    if flat.get("eval_exact_match") is True and not has_eval:
+        errors.add("eval_exact_match", "eval_exact_match needs an evaluation set; name one in eval_dataset_path")
     for key in ("smt.warmup_batches", "generation_max_new_tokens", "generation_batch_size"):
         if isinstance(flat.get(key), int) and flat[key] < 1:
             errors.add(key, f"{key} must be at least 1, got {flat[key]}")
 
 
-def _check_files(good: Mapping[str, Any], errors: _Errors) -> None:
+def _check_files(good: Mapping[str, Any], errors: Errors) -> None:
     for key in ("dataset_path", "eval_dataset_path"):
         paths = good.get(key) or []
         for path in [paths] if isinstance(paths, str) else paths:
             if not Path(path).is_file():
-                errors.add(key, f"{key}: there is no file {path} (looked from {Path.cwd().name}/, the current directory)")
+                errors.add(key, f"{key}: there is no file {path}; paths start at the current directory")
             elif Path(path).suffix not in DATA_SUFFIXES:
                 errors.add(key, f"{key}: {path} is none of {', '.join(DATA_SUFFIXES)}; convert it, e.g. to jsonl")
     model = good.get("model_name_or_path")
@@ -278,7 +226,8 @@ def _check_files(good: Mapping[str, Any], errors: _Errors) -> None:
             errors.add("model_name_or_path", f"model_name_or_path: the directory {model} {what}")
     selection = good.get("smt.selection", AUTO)
     if selection != AUTO and not Path(selection).is_file():
-        errors.add("smt.selection", f"smt.selection: there is no file {selection}; make it with `smt select`, or say auto")
+        errors.add("smt.selection", f"smt.selection: there is no file {selection}; make it with `smt select`, or say "
+                                    "auto")
 
 
 def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,12 +243,12 @@ def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _build(build, given: Mapping[str, Any], prefix: str, errors: _Errors) -> Any:
+def _build(build, given: Mapping[str, Any], prefix: str, errors: Errors) -> Any:
     """Construct a config, and lay what it refuses to the key it speaks of."""
     try:
         with warnings.catch_warnings():
             # TRL sets `gradient_checkpointing` itself, so transformers' notice of its new name is not the user's.
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
             return build(dict(given))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         message = str(error)

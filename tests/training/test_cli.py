@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import torch
-from conftest import ROOT, smt
+from runs import ROOT, smt
 from transformers import AutoModelForCausalLM
 
 from smt_peft import cli

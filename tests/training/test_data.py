@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -46,7 +47,7 @@ def test_every_kind_of_file_is_read(tmp_path, suffix):
     rows = Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}])
     path = str(tmp_path / f"rows.{suffix}")
     {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet,
-     "json": lambda path: open(path, "w").write(json.dumps(rows.to_list()))}[suffix](path)
+     "json": lambda path: Path(path).write_text(json.dumps(rows.to_list()))}[suffix](path)
     assert read_files([path]).to_list() == rows.to_list()
 
 

@@ -45,8 +45,8 @@ def save_tiny_model(directory: Path) -> None:
     torch.manual_seed(0)
     # Dropout, so that a generator that is not restored shows in the losses.
     config = LlamaConfig(vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, attention_dropout=0.1, eos_token_id=256,
-                         pad_token_id=257)
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                         attention_dropout=0.1, eos_token_id=256, pad_token_id=257)
     LlamaForCausalLM(config).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
 

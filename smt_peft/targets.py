@@ -42,8 +42,9 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)`."""
-        return tuple(self.weight.shape)
+        """`(out_features, in_features)`, as the layer states them: a packed weight may have another shape."""
+        module = self.module
+        return (module.nf, module.nx) if self.transposed else (module.out_features, module.in_features)
 
 
 def is_supported(module: nn.Module) -> bool:

@@ -25,6 +25,18 @@ FORWARDS = ("auto", "additive", "swap", "overlay")
 MIN_AUTO_SIDE, MAX_AUTO_SIDE = 4, 256
 DEFAULT_DENSITY = 0.01
 CALLABLE_PREFIX = "callable:"
+CARD_NOTE = """### Loading this adapter
+
+It is an SMT adapter (blocks of the base weights). PEFT reads it once `smt_peft` has been imported; without that line it
+stops with `KeyError: 'SMT'`.
+
+```python
+import smt_peft  # pip install smt-peft
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("this directory")
+```
+"""
 
 
 @dataclass
@@ -109,6 +121,14 @@ class SMTConfig(PeftConfig):
         settings.pop("selection")
         settings["score"] = self.score_name
         return settings
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does, and say in the model card beside it, where there is one, what a reader must import."""
+        super().save_pretrained(save_directory, **kwargs)
+        cards = (directory / "README.md" for directory in (Path(save_directory), Path(save_directory).parent))
+        card = next((card for card in cards if card.is_file() and "library_name: peft" in card.read_text("utf-8")), None)
+        if card is not None and CARD_NOTE.strip() not in (text := card.read_text("utf-8")):
+            card.write_text(text.rstrip() + "\n\n" + CARD_NOTE, "utf-8")
 
     def copy(self) -> SMTConfig:
         """A shallow copy that shares the selection."""

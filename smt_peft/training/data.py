@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from .errors import ConfigError
 from .schema import RunConfig
+from .tell import tell
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # What makes a form: the columns that must be there, in the order in which they are looked for.
@@ -59,7 +60,7 @@ def _load(key: str, paths: str | list[str] | None, name: str | None, split: str 
     if len(rows) > QUIET_ROWS:
         enable_progress_bars()
     rows, form = to_trl(rows, where, text_field)
-    print(f"{'train' if key == 'dataset_path' else 'evaluation'} set: {where}, {form}, {len(rows):,} rows")
+    tell(f"{'train' if key == 'dataset_path' else 'evaluation'} set: {where}, {form}, {len(rows):,} rows")
     return rows
 
 

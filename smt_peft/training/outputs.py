@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import ConfigError
 from .schema import Run, RunConfig
+from .tell import tell
 
 RUN, METRICS, SELECTION = "run.yaml", "metrics.json", "selection.safetensors"
 REPORT, PICTURE = "report.md", "blocks.png"
@@ -76,7 +77,7 @@ def _checkpoint(directory: Path, wanted: bool | str, earlier: dict | None, run: 
         raise ConfigError(f"{_RESUME}: the run in {directory} differs ({'; '.join(fixed[:3])}); set these keys back, "
                           "or choose another output_dir to start anew")
     for change in changed if earlier is not None else ():
-        print(f"resuming with {change}")
+        tell(f"resuming with {change}")
     return str(found)
 
 

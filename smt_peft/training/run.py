@@ -28,6 +28,7 @@ from .errors import ConfigError
 from .evaluate import exact_match
 from .model import load_model, load_tokenizer
 from .schema import AUTO, Run
+from .tell import tell
 from .verify import verify_saved
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -80,8 +81,10 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
     before = measure(run, prepared, trainer, "before")
     seconds = fit(run, trainer, checkpoint)
     after = measure(run, prepared, trainer, "after")
-    metrics = {"before": before, "after": {**after, "seconds": seconds},
-               "trainable_parameters": selection.effective_numel, "seconds": clock.laps | {"training": seconds},
+    # Of the tuner, not of PeftModel: that one counts the padding of ragged blocks.
+    trainable, _ = trainer.model.base_model.get_nb_trainable_parameters()
+    metrics = {"before": before, "after": {**after, "seconds": seconds}, "trainable_parameters": trainable,
+               "seconds": clock.laps | {"training": seconds},
                **_circumstances(trainer), "log_history": trainer.state.log_history}
     if main:
         outputs.save_adapter(trainer.model, prepared.tokenizer, directory)
@@ -108,7 +111,7 @@ def select(run: Run) -> BlockSelection:
     file = Path(run.trainer.output_dir) / outputs.SELECTION
     if run.trainer.process_index == 0:
         selection.save(file)
-        print(f"wrote {file}; train with it: smt.selection={file}")
+        tell(f"wrote {file}; train with it: smt.selection={file}")
     return selection
 
 
@@ -136,7 +139,7 @@ def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
     if file is not None:
         with _blaming("smt.selection"):
             selection = BlockSelection.load(file)
-        print(f"selection from {file}: {selection.summary()}")
+        tell(f"selection from {file}: {selection.summary()}")
         return selection
     loader = prepared.trainer.get_train_dataloader()
     set_seed(run.trainer.seed)
@@ -184,19 +187,19 @@ def measure(run: Run, prepared: Prepared, trainer: SFTTrainer, label: str) -> di
                                            batch_size=run.config.generation_batch_size,
                                            label=None if run.trainer.disable_tqdm else f"exact match {label}")
     if found:
-        print(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        tell(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
     return found
 
 
 def compare_lora(run: Run, prepared: Prepared, selection: BlockSelection) -> dict[str, Any]:
     """Train LoRA for as many steps on the same rows from a fresh copy of the base, and measure it."""
-    config = lora_config(selection)
+    config = lora_config(selection, run.smt.modules_to_save)
     rate = run.config.compare_lora_learning_rate or run.trainer.learning_rate
     set_seed(run.trainer.seed)
     prepared.model = load_model(run.config.model_name_or_path, run.config.dtype, run.trainer.device)
     trainer = make_trainer(run, prepared, config, learning_rate=rate, save_strategy="no")
-    trainable = sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad)
-    print(f"LoRA to compare with: rank {config.r}, {trainable:,} trainable weights, learning rate {rate:g}")
+    trainable, _ = trainer.model.get_nb_trainable_parameters()
+    tell(f"LoRA to compare with: rank {config.r}, {trainable:,} trainable weights, learning rate {rate:g}")
     seconds = fit(run, trainer)
     return {**measure(run, prepared, trainer, "LoRA"), "seconds": seconds, "trainable_parameters": trainable,
             "rank": config.r, "learning_rate": rate, "log_history": trainer.state.log_history}
@@ -221,8 +224,8 @@ def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any])
     text = report(metrics, selection)
     outputs.write_text(directory / outputs.REPORT, text)
     draw_selection(selection, directory / outputs.PICTURE)
-    print("\n" + text)
-    print(f"saved in {directory}: adapter, {outputs.SELECTION}, {outputs.RUN}, {outputs.METRICS}, {outputs.REPORT}, "
+    tell("\n" + text)
+    tell(f"saved in {directory}: adapter, {outputs.SELECTION}, {outputs.RUN}, {outputs.METRICS}, {outputs.REPORT}, "
           f"{outputs.PICTURE}")
 
 

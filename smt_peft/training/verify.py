@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..blocks import BlockLayout, BlockSelection
 from .errors import VerificationError
 from .model import load_model
+from .tell import tell
 
 ADAPTER, PROBE_ROWS, PROBE_TOKENS = "default", 4, 256
 # One rounding in each of N modules, independent, adds up as sqrt(N); the largest of many logits lies some 4 to 5
@@ -70,7 +71,7 @@ def verify_saved(model: nn.Module, sequences: Sequence[Sequence[int]], base: str
                                 + "\n".join(done.stderr.strip().splitlines()[-15:]))
     result = json.loads(done.stdout.splitlines()[-1])
     for line in describe(result):
-        print(line)
+        tell(line)
     failed = [name for name, passed in result["passed"].items() if not passed]
     if failed:
         raise VerificationError(f"verification failed: {', '.join(failed)}; do not use the files in {directory}")
@@ -120,11 +121,11 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
     ids, mask, expected = probe["input_ids"], probe["attention_mask"], probe["logits"]
     own = _logits(base, ids, mask)
     selection = BlockSelection.load(settings["selection"])
-    layouts, deltas = _read_adapter(Path(settings["adapter"]), selection)
+    layouts, deltas, in_full = _read_adapter(Path(settings["adapter"]), selection)
     merged_model = model.merge_and_unload()
     merged = _logits(merged_model, ids, mask)
     weights_ok, untouched = _compare_weights(merged_model, load_model(settings["base"], settings["dtype"], "cpu"),
-                                             layouts, deltas)
+                                             layouts, deltas, in_full)
     difference = (merged.double() - own.double()).abs().max().item()
     dtype = getattr(torch, settings["dtype"])
     tolerance = ROUNDING_FACTOR * math.sqrt(len(layouts)) * torch.finfo(dtype).eps * own.abs().max().item()
@@ -137,28 +138,37 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_adapter(directory: Path, selection: BlockSelection) -> tuple[dict[str, BlockLayout], dict[str, Tensor]]:
-    """Layouts and deltas as the file holds them; nothing when its blocks are not those of the selection."""
+def _read_adapter(directory: Path, selection: BlockSelection,
+                  ) -> tuple[dict[str, BlockLayout], dict[str, Tensor], tuple[str, ...]]:
+    """Layouts and deltas as the file holds them, none when its blocks are not those of the selection; and the names of
+    tensors that are no blocks: of modules and token embeddings trained besides."""
     tensors = load_file(directory / "adapter_model.safetensors")
     prefix, suffix = "base_model.model.", ".smt_blocks.weight"
     names = {key.removeprefix(prefix).removesuffix(suffix): key for key in tensors if key.endswith(suffix)}
     indices = {name: tensors[key.removesuffix("weight") + "index"] for name, key in names.items()}
     same = indices.keys() == selection.blocks.keys() and all(
         torch.equal(index, selection.blocks[name]) for name, index in indices.items())
+    others = tuple(key.removeprefix(prefix) for key in tensors if ".smt_blocks." not in key)
     if not same:
-        return {}, {}
-    return {name: selection.layout(name) for name in names}, {name: tensors[key] for name, key in names.items()}
+        return {}, {}, others
+    return ({name: selection.layout(name) for name in names}, {name: tensors[key] for name, key in names.items()},
+            others)
 
 
 def _compare_weights(merged: nn.Module, base: nn.Module, layouts: dict[str, BlockLayout],
-                     deltas: dict[str, Tensor]) -> tuple[bool, int]:
-    """Whether merged == base + delta rounded once inside the blocks, == base outside; and how many lie outside."""
+                     deltas: dict[str, Tensor], in_full: tuple[str, ...]) -> tuple[bool, int]:
+    """Whether merged == base + delta rounded once inside the blocks, == base outside; and how many lie outside.
+
+    Modules that a tensor of `in_full` belongs to are passed over: they were trained besides the blocks.
+    """
     from transformers.pytorch_utils import Conv1D
 
     after = dict(merged.named_parameters())
     same, untouched = True, 0
     for name, before in base.named_parameters():
         module = name.removesuffix(".weight")
+        if any(key.startswith(name.rpartition(".")[0] + ".") for key in in_full):
+            continue
         expected = before.detach()
         if name.endswith(".weight") and module in layouts:
             transposed = isinstance(base.get_submodule(module), Conv1D)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from runs import write_jsonl
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smt_peft import BlockSelection, cli
 from smt_peft.training import outputs
@@ -55,30 +56,24 @@ def test_before_and_after_agree_with_plain_pytorch(finished, workshop):
     """The losses in the metrics are those of the base, and of base + adapter, on the rows of the file."""
     metrics = json.loads((finished.directory / outputs.METRICS).read_text())
     model = AutoModelForCausalLM.from_pretrained(workshop.directory / "model")
+    tokenizer = AutoTokenizer.from_pretrained(workshop.directory / "model")
     rows = [json.loads(line) for line in (workshop.directory / "test.jsonl").read_text().splitlines()]
-    tokenizer_bytes = {}
 
+    @torch.no_grad()
     def loss(model) -> float:
+        """Mean over the tokens of all completions, the closing end-of-text token among them."""
         total, count = 0.0, 0
         for row in rows:
-            ids, start = tokens(row)
-            logits = model(input_ids=torch.tensor([ids])).logits[0, start - 1:-1]
-            total += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:]), reduction="sum").item()
-            count += len(ids) - start
+            prompt, completion = (tokenizer(row[part])["input_ids"] for part in ("prompt", "completion"))
+            target = torch.tensor([*completion, tokenizer.eos_token_id])
+            logits = model(input_ids=torch.tensor([[*prompt, *target]])).logits[0, len(prompt) - 1:-1]
+            total += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
+            count += len(target)
         return total / count
 
-    def tokens(row) -> tuple[list[int], int]:
-        if not tokenizer_bytes:
-            from transformers import AutoTokenizer
-            tokenizer_bytes["it"] = AutoTokenizer.from_pretrained(workshop.directory / "model")
-        tokenizer = tokenizer_bytes["it"]
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        return [*prompt, *tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id], len(prompt)
-
-    with torch.no_grad():
-        assert loss(model) == pytest.approx(metrics["before"]["eval_loss"], rel=1e-5)
-        adapted = PeftModel.from_pretrained(model, finished.directory).eval()
-        assert loss(adapted) == pytest.approx(metrics["after"]["eval_loss"], rel=1e-5)
+    assert loss(model) == pytest.approx(metrics["before"]["eval_loss"], rel=1e-5)
+    adapted = PeftModel.from_pretrained(model, finished.directory).eval()
+    assert loss(adapted) == pytest.approx(metrics["after"]["eval_loss"], rel=1e-5)
 
 
 def test_the_resolved_yaml_is_a_run_and_shows_the_override(finished):
@@ -149,12 +144,39 @@ def test_targets_that_match_nothing_are_an_error_before_anything_is_written(work
     assert not (workshop.directory / "no_targets" / outputs.RUN).exists()
 
 
+def test_modules_trained_in_full_are_saved_and_verified(workshop):
+    path = workshop.write("in_full", max_steps=2, verify=True,
+                          smt={"block_size": 8, "density": 0.1, "score": "random", "modules_to_save": ["embed_tokens"]})
+    metrics = train(load_run(path))
+    assert set(metrics["verified"]["passed"].values()) == {True}
+    selection = BlockSelection.load(workshop.directory / "in_full" / outputs.SELECTION)
+    assert metrics["trainable_parameters"] == selection.effective_numel + 264 * 32
+
+
+def test_messages_need_a_chat_template(workshop):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    data = write_jsonl(workshop.directory / "messages.jsonl", rows)
+    with pytest.raises(ConfigError, match="chat_template_path"):
+        train(load_run(workshop.write("messages", dataset_path=str(data))))
+
+
 @pytest.fixture
 def adapted(finished, workshop, tmp_path):
     """The model of the finished run in memory, and a copy of its directory that may be spoilt."""
     base = AutoModelForCausalLM.from_pretrained(workshop.directory / "model")
     shutil.copytree(finished.directory, tmp_path / "copy")
     return PeftModel.from_pretrained(base, tmp_path / "copy").eval(), tmp_path / "copy"
+
+
+def test_verification_fails_when_the_selection_file_is_another(adapted, workshop, capsys):
+    model, directory = adapted
+    file = directory / outputs.SELECTION
+    selection = BlockSelection.load(file)
+    name = next(iter(selection.blocks))
+    BlockSelection({name: selection.grids[name].all_blocks()}, selection.grids).save(file)
+    with pytest.raises(VerificationError, match="blocks"):
+        verify_saved(model, [[1, 2, 3, 4]], str(workshop.directory / "model"), file, directory)
+    assert "verified: read back" in capsys.readouterr().out
 
 
 def test_verification_fails_when_the_saved_weights_are_not_the_trained_ones(adapted, workshop, capsys):

@@ -50,6 +50,19 @@ def test_the_files_are_pefts_own_layout(saved):
     assert not tensors
 
 
+def test_the_model_card_says_what_to_import(saved):
+    path, _ = saved
+    card = (path / "adapter" / "README.md").read_text()
+    assert card.count("import smt_peft") == 1
+    model = trained(AutoModelForCausalLM.from_pretrained(path / "base"))
+    model.save_pretrained(path / "adapter")
+    assert (path / "adapter" / "README.md").read_text().count("import smt_peft") == 1
+    # And what that spares its reader.
+    code = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(path / "adapter")], capture_output=True, text=True)
+    assert "KeyError: 'SMT'" in done.stderr
+
+
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_from_pretrained(saved, low_cpu_mem_usage):
     path, logits = saved

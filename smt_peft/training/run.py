@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -250,16 +251,12 @@ class _Clock:
         return round(time.perf_counter() - self.start, 1)
 
 
-class _blaming:
+@contextmanager
+def _blaming(key: str) -> Iterator[None]:
     """Turns a `ValueError` inside into a `ConfigError` that names the key at fault."""
-
-    def __init__(self, key: str):
-        self.key = key
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, (ValueError, FileNotFoundError)) and not isinstance(error, ConfigError):
-            raise ConfigError(f"{self.key}: {error}") from error
-        return False
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"{key}: {error}") from error

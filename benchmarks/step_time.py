@@ -1,8 +1,8 @@
 """Step time of SMT and of PEFT's LoRA as a ratio to the frozen pass, measured in one process and one run.
 
 The frozen pass is forward plus the gradient of the inputs through the same frozen model: what any adapter must pay.
-A step of SMT or LoRA is forward, backward, AdamW step and zero_grad. Rounds are interleaved in a shuffled order, so that
-a slow spell of the machine falls on every method; the figure is the median of the per-round ratios.
+A step of SMT or LoRA is forward, backward, AdamW step and zero_grad. Rounds are interleaved in a shuffled order, so
+that a slow spell of the machine falls on every method; the figure is the median of the per-round ratios.
 
     python benchmarks/step_time.py                                   # 4 layers, hidden 1024, 512 tokens, 0.84 %
     python benchmarks/step_time.py --density 0.049 --out result.json
@@ -30,10 +30,17 @@ from smt_peft import SMTConfig
 
 def build(args: argparse.Namespace) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=2048, hidden_size=args.hidden, intermediate_size=args.hidden * 11 // 4,
-        num_hidden_layers=args.layers, num_attention_heads=16, num_key_value_heads=16,
-        max_position_embeddings=args.tokens))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=2048,
+            hidden_size=args.hidden,
+            intermediate_size=args.hidden * 11 // 4,
+            num_hidden_layers=args.layers,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            max_position_embeddings=args.tokens,
+        )
+    )
     return model.to(getattr(torch, args.dtype)).requires_grad_(False).train()
 
 
@@ -106,13 +113,22 @@ def main() -> None:
     print(f"{'method':32s} {'seconds':>8s} {'x frozen':>9s}  {'p20-p80':>13s} {'trainable':>11s}")
     for name, row in rows.items():
         low, high = row["ratio_p20_p80"]
-        print(f"{name:32s} {row['median_seconds']:8.3f} {row['ratio']:9.3f}  {low:5.3f} - {high:5.3f} {row['trainable']:11,d}")
+        times = f"{row['median_seconds']:8.3f} {row['ratio']:9.3f}  {low:5.3f} - {high:5.3f}"
+        print(f"{name:32s} {times} {row['trainable']:11,d}")
     if args.out:
         settings = {key: value for key, value in vars(args).items() if key != "out"}
-        record = {"settings": settings, "device": platform.processor() or platform.machine(),
-                  "threads": torch.get_num_threads(), "rows": rows,
-                  "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "peft": peft.__version__,
-                               "transformers": transformers.__version__}}
+        record = {
+            "settings": settings,
+            "device": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "rows": rows,
+            "versions": {
+                "python": sys.version.split()[0],
+                "torch": torch.__version__,
+                "peft": peft.__version__,
+                "transformers": transformers.__version__,
+            },
+        }
         args.out.write_text(json.dumps(record, indent=2) + "\n")
 
 

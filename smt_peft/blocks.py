@@ -125,16 +125,19 @@ class BlockGrid:
         if blocks.dtype != torch.int32:
             raise ValueError(f"{name}: block coordinates must be int32, got {blocks.dtype}; {repair}")
         if blocks.ndim != 2 or blocks.shape[1] != 2:
-            raise ValueError(f"{name}: block coordinates must have shape (num_blocks, 2), got "
-                             f"{tuple(blocks.shape)}; {repair}")
+            raise ValueError(
+                f"{name}: block coordinates must have shape (num_blocks, 2), got {tuple(blocks.shape)}; {repair}"
+            )
         if blocks.numel() == 0:
             return
         limit = torch.tensor(self.stripes, device=blocks.device)
         outside = (blocks < 0) | (blocks >= limit)
         if bool(outside.any()):
             first = blocks[outside.any(dim=1)][0].tolist()
-            raise ValueError(f"{name}: block {tuple(first)} lies outside the grid of {self.row_stripes} x "
-                             f"{self.col_stripes} blocks; {repair}")
+            raise ValueError(
+                f"{name}: block {tuple(first)} lies outside the grid of {self.row_stripes} x "
+                f"{self.col_stripes} blocks; {repair}"
+            )
         steps = self.flatten(blocks).diff()
         if bool((steps == 0).any()):
             raise ValueError(f"{name}: a block is listed twice; {repair}")
@@ -226,8 +229,9 @@ class BlockLayout:
 
     def padding_mask(self) -> Tensor:
         """True where a packed block holds an element of the weight, bool `(B, block_rows, block_cols)`."""
-        inside = torch.zeros(len(self) * self.grid.block_rows * self.grid.block_cols, dtype=torch.bool,
-                             device=self.blocks.device)
+        inside = torch.zeros(
+            len(self) * self.grid.block_rows * self.grid.block_cols, dtype=torch.bool, device=self.blocks.device
+        )
         inside[self.elements[0]] = True
         return inside.view(len(self), *self.grid.block_shape)
 
@@ -278,8 +282,10 @@ class BlockSelection:
                 raise ValueError(f"{name}: an empty list of blocks; leave the module out instead")
         for name, score in self.scores.items():
             if name not in self.grids or tuple(score.shape) != self.grids[name].stripes:
-                raise ValueError(f"{name}: kept scores of shape {tuple(score.shape)} do not fit the module's grid; "
-                                 "make the selection again with select_blocks")
+                raise ValueError(
+                    f"{name}: kept scores of shape {tuple(score.shape)} do not fit the module's grid; "
+                    "make the selection again with select_blocks"
+                )
             if not bool(torch.isfinite(score).all()):
                 raise ValueError(f"{name}: kept scores hold a value that is not finite; make the selection again")
 
@@ -310,9 +316,11 @@ class BlockSelection:
     def summary(self) -> str:
         """One line: modules reached, blocks, share of weights, and share of row and column stripes."""
         rows, cols = self.stripe_coverage()
-        return (f"{self.num_blocks} blocks in {len(self.blocks)} of {len(self.grids)} modules, "
-                f"{self.density:.2%} of their weights ({self.effective_numel:,}), reaching {rows:.0%} of the row "
-                f"stripes and {cols:.0%} of the column stripes")
+        return (
+            f"{self.num_blocks} blocks in {len(self.blocks)} of {len(self.grids)} modules, "
+            f"{self.density:.2%} of their weights ({self.effective_numel:,}), reaching {rows:.0%} of the row "
+            f"stripes and {cols:.0%} of the column stripes"
+        )
 
     def __eq__(self, other: object) -> bool:
         """Same blocks on the same grids; scores and provenance may differ."""
@@ -341,8 +349,10 @@ class BlockSelection:
         grids = {**other.grids, **self.grids}
         for name in self.grids.keys() & other.grids.keys():
             if self.grids[name] != other.grids[name]:
-                raise ValueError(f"{name}: the selections tile this module differently ({self.grids[name]} and "
-                                 f"{other.grids[name]}); make both with the same block_size")
+                raise ValueError(
+                    f"{name}: the selections tile this module differently ({self.grids[name]} and "
+                    f"{other.grids[name]}); make both with the same block_size"
+                )
         none = torch.empty(0, dtype=torch.int64)
         combined = {}
         for name in dict.fromkeys((*self.blocks, *other.blocks)):
@@ -357,8 +367,11 @@ class BlockSelection:
         """Write the selection as a safetensors file: blocks, kept scores, grids and provenance."""
         tensors = {f"blocks:{name}": blocks.cpu().contiguous() for name, blocks in self.blocks.items()}
         tensors |= {f"scores:{name}": score.float().cpu().contiguous() for name, score in self.scores.items()}
-        header = {"format": _FORMAT, "grids": {name: asdict(grid) for name, grid in self.grids.items()},
-                  "provenance": self.provenance}
+        header = {
+            "format": _FORMAT,
+            "grids": {name: asdict(grid) for name, grid in self.grids.items()},
+            "provenance": self.provenance,
+        }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written aside and renamed: a run killed here leaves the old file or the new one, never half of one.
@@ -376,22 +389,31 @@ class BlockSelection:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no selection file at {path}; make one with select_blocks(...).save(...) "
-                                    "or `smt select run.yaml`")
+            raise FileNotFoundError(
+                f"there is no selection file at {path}; make one with select_blocks(...).save(...) "
+                "or `smt select run.yaml`"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no iterator of its own)
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} cannot be read as a selection ({error}); it is truncated or no safetensors file, "
-                             "make it again with select_blocks") from error
+            raise ValueError(
+                f"{path} cannot be read as a selection ({error}); it is truncated or no safetensors file, "
+                "make it again with select_blocks"
+            ) from error
         if not isinstance(header, Mapping) or header.get("format") != _FORMAT:
-            raise ValueError(f"{path} is no selection file of a format known here ({_FORMAT}); make it again with "
-                             "select_blocks")
+            raise ValueError(
+                f"{path} is no selection file of a format known here ({_FORMAT}); make it again with select_blocks"
+            )
         try:
             grids = {name: BlockGrid(**grid) for name, grid in header["grids"].items()}
-            return cls(_with_prefix(tensors, "blocks:"), grids, _with_prefix(tensors, "scores:"),
-                       dict(header.get("provenance") or {}))
+            return cls(
+                _with_prefix(tensors, "blocks:"),
+                grids,
+                _with_prefix(tensors, "scores:"),
+                dict(header.get("provenance") or {}),
+            )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -27,16 +27,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="smt",
-                                     description="Fine-tune a model by training chosen blocks of its weights.")
+    parser = argparse.ArgumentParser(
+        prog="smt", description="Fine-tune a model by training chosen blocks of its weights."
+    )
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for verb, text in ((_train, "select blocks, train, evaluate, save and verify"),
-                       (_select, "choose blocks and save them, without training")):
+    for verb, text in (
+        (_train, "select blocks, train, evaluate, save and verify"),
+        (_select, "choose blocks and save them, without training"),
+    ):
         name = verb.__name__.removeprefix("_")
         sub = _verb(verbs, name, verb, text)
         sub.add_argument("config", metavar="RUN.yaml", help="the run; see configs/")
-        sub.add_argument("overrides", nargs="*", metavar="key=value",
-                         help="replaces a key of the YAML: learning_rate=2e-4, smt.density=0.02")
+        sub.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="replaces a key of the YAML: learning_rate=2e-4, smt.density=0.02",
+        )
     sub = _verb(verbs, "merge", _merge, "write base + adapter as a plain checkpoint")
     sub.add_argument("adapter", metavar="ADAPTER", help="directory of a saved adapter")
     sub.add_argument("out", metavar="OUT", help="directory for the merged model; new or empty")

@@ -16,8 +16,18 @@ from peft.utils.peft_types import PeftType
 
 from .blocks import BlockGrid, BlockSelection
 
-SCORES = ("grad_abs", "grad_sum_abs", "mean_abs", "grad_sq", "taylor", "activation", "magnitude",
-          "low_rank_magnitude", "random", "diagonal")
+SCORES = (
+    "grad_abs",
+    "grad_sum_abs",
+    "mean_abs",
+    "grad_sq",
+    "taylor",
+    "activation",
+    "magnitude",
+    "low_rank_magnitude",
+    "random",
+    "diagonal",
+)
 DATA_FREE_SCORES = ("magnitude", "low_rank_magnitude", "random", "diagonal")
 BUDGETS = ("global", "per_module", "per_layer")
 SPREADS = ("free", "capped", "assignment")
@@ -126,7 +136,9 @@ class SMTConfig(PeftConfig):
         """Save as PEFT does, and say in the model card beside it, where there is one, what a reader must import."""
         super().save_pretrained(save_directory, **kwargs)
         cards = (directory / "README.md" for directory in (Path(save_directory), Path(save_directory).parent))
-        card = next((card for card in cards if card.is_file() and "library_name: peft" in card.read_text("utf-8")), None)
+        card = next(
+            (card for card in cards if card.is_file() and "library_name: peft" in card.read_text("utf-8")), None
+        )
         if card is not None and CARD_NOTE.strip() not in (text := card.read_text("utf-8")):
             card.write_text(text.rstrip() + "\n\n" + CARD_NOTE, "utf-8")
 
@@ -176,8 +188,10 @@ class SMTConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         if self.target_parameters:
-            raise ValueError("target_parameters is not supported yet, so these parameters would silently stay frozen: "
-                             f"{self.target_parameters}. Name linear layers in target_modules instead")
+            raise ValueError(
+                "target_parameters is not supported yet, so these parameters would silently stay frozen: "
+                f"{self.target_parameters}. Name linear layers in target_modules instead"
+            )
 
     def _check_amount(self) -> None:
         if self.density is None and self.num_blocks is None:
@@ -198,8 +212,10 @@ class SMTConfig(PeftConfig):
         size = self.block_size
         if size == "auto":
             if self.density is None:
-                raise ValueError("block_size='auto' follows from density, but num_blocks is set; give block_size a number, "
-                                 "e.g. 64, or set density instead of num_blocks")
+                raise ValueError(
+                    "block_size='auto' follows from density, but num_blocks is set; give block_size a number, "
+                    "e.g. 64, or set density instead of num_blocks"
+                )
             return
         sides = [size] if _is_int(size) else size
         if not isinstance(sides, (list, tuple)) or len(sides) > 2 or not all(_is_int(side) for side in sides):
@@ -223,22 +239,27 @@ class SMTConfig(PeftConfig):
             _compile(pattern, "budget")
             _check_share(f"budget[{pattern!r}]", share)
         if sum(self.budget.values()) > 1 + 1e-9:
-            raise ValueError(f"the shares of budget add up to {sum(self.budget.values()):g}; they divide one budget, "
-                             "so lower them to at most 1 in total")
+            raise ValueError(
+                f"the shares of budget add up to {sum(self.budget.values()):g}; they divide one budget, "
+                "so lower them to at most 1 in total"
+            )
 
     def _check_runtime(self) -> None:
         if isinstance(self.selection, Path):
             self.selection = str(self.selection)
         if not isinstance(self.selection, (BlockSelection, str, type(None))):
-            raise ValueError("selection must be a BlockSelection, the path of one, or None, got "
-                             f"{type(self.selection).__name__}")
+            raise ValueError(
+                f"selection must be a BlockSelection, the path of one, or None, got {type(self.selection).__name__}"
+            )
         if not _is_int(self.seed):
             raise ValueError(f"seed must be an int, got {self.seed!r}")
         for name, entry in (self.block_pattern or {}).items():
             valid = isinstance(entry, (list, tuple)) and len(entry) == 3 and all(_is_int(n) and n > 0 for n in entry)
             if not valid:
-                raise ValueError(f"block_pattern[{name!r}] must be [num_blocks, rows, cols], three positive ints, got "
-                                 f"{entry!r}; adapter_config.json is damaged, restore it or save the adapter again")
+                raise ValueError(
+                    f"block_pattern[{name!r}] must be [num_blocks, rows, cols], three positive ints, got "
+                    f"{entry!r}; adapter_config.json is damaged, restore it or save the adapter again"
+                )
 
 
 def copy_without(config: SMTConfig, name: str) -> SMTConfig:

@@ -27,8 +27,11 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:
     Returns:
         For up to 32 modules spread evenly over the model, 8 values spread evenly over the flattened weight.
     """
-    usable = [name for name, weight in weights.items()
-              if weight.is_floating_point() and not weight.is_meta and weight.numel() > 0]
+    usable = [
+        name
+        for name, weight in weights.items()
+        if weight.is_floating_point() and not weight.is_meta and weight.numel() > 0
+    ]
     stride = max(1, len(usable) // MAX_MODULES)
     return {name: _sample(weights[name]).tolist() for name in usable[::stride][:MAX_MODULES]}
 

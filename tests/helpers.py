@@ -35,10 +35,19 @@ def random_layout(grid: BlockGrid, num_blocks: int, seed: int = 0) -> BlockLayou
 
 
 def tiny_llama(hidden: int = 32, layers: int = 2, tied: bool = False, vocab: int = 64) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden * 2, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
-        attn_implementation="eager"))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=hidden * 2,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=tied,
+            attn_implementation="eager",
+        )
+    )
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:

@@ -18,7 +18,9 @@ from smt_peft.ops import block_gather, block_scatter_, dense
 def true_mask(layout: BlockLayout) -> torch.Tensor:
     grid, mask = layout.grid, torch.zeros(layout.grid.shape, dtype=torch.bool)
     for row, col in layout.blocks.tolist():
-        mask[row * grid.block_rows : (row + 1) * grid.block_rows, col * grid.block_cols : (col + 1) * grid.block_cols] = True
+        mask[
+            row * grid.block_rows : (row + 1) * grid.block_rows, col * grid.block_cols : (col + 1) * grid.block_cols
+        ] = True
     return mask
 
 
@@ -64,7 +66,9 @@ def test_packed_layout_is_the_same_blocks_over_the_touched_columns(layout):
     assert torch.equal(block_gather(weight[:, layout.columns].contiguous(), packed), block_gather(weight, layout))
 
 
-@pytest.mark.parametrize(("size", "expected"), [(4, (4, 4)), (99, (6, 10)), (-1, (6, 10)), ((-1, 1), (6, 1)), ((1, -1), (1, 10))])
+@pytest.mark.parametrize(
+    ("size", "expected"), [(4, (4, 4)), (99, (6, 10)), (-1, (6, 10)), ((-1, 1), (6, 1)), ((1, -1), (1, 10))]
+)
 def test_fit(size, expected):
     assert BlockGrid.fit((6, 10), size).block_shape == expected
 
@@ -166,7 +170,9 @@ def test_other_files_are_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match="no selection file"):
         BlockSelection.load(tmp_path / "w.safetensors")
-    save_file({}, tmp_path / "v.safetensors", {"smt_selection": json.dumps({"format": "smt-selection-1", "grids": {"a": 3}})})
+    save_file(
+        {}, tmp_path / "v.safetensors", {"smt_selection": json.dumps({"format": "smt-selection-1", "grids": {"a": 3}})}
+    )
     with pytest.raises(ValueError, match="v.safetensors"):
         BlockSelection.load(tmp_path / "v.safetensors")
 

@@ -56,9 +56,17 @@ def test_refused(kind):
         SMTConfig(**settings)
 
 
-@pytest.mark.parametrize(("density", "shape", "side"), [
-    (0.0084, (4096, 4096), 32), (0.049, (4096, 11008), 128), (0.04, (192, 512), 4), (1.0, (4096, 4096), 256),
-    (0.01, (10, 20), 4), (0.0084, (1024, 4096), 8)])
+@pytest.mark.parametrize(
+    ("density", "shape", "side"),
+    [
+        (0.0084, (4096, 4096), 32),
+        (0.049, (4096, 11008), 128),
+        (0.04, (192, 512), 4),
+        (1.0, (4096, 4096), 256),
+        (0.01, (10, 20), 4),
+        (0.0084, (1024, 4096), 8),
+    ],
+)
 def test_auto_block_size_lets_one_matching_reach_every_stripe(density, shape, side):
     assert SMTConfig(density=density).grid(shape).block_shape == (side, side)
 
@@ -135,7 +143,8 @@ from peft.utils.peft_types import PeftType
 import importlib.util, sys, peft.mapping as mapping
 member = str.__new__(PeftType, "SMT"); member._name_ = member._value_ = "SMT"
 type.__setattr__(PeftType, "SMT", member)
-PeftType._member_map_["SMT"] = member; PeftType._member_names_.append("SMT"); PeftType._value2member_map_["SMT"] = member
+PeftType._member_map_["SMT"] = PeftType._value2member_map_["SMT"] = member
+PeftType._member_names_.append("SMT")
 theirs = type("TheirConfig", (), {})
 mapping.PEFT_TYPE_TO_CONFIG_MAPPING[member] = theirs
 import smt_peft
@@ -150,5 +159,7 @@ print("yielded")
     def test_a_config_unpickles_in_a_fresh_process(self, tmp_path):
         (tmp_path / "config.pkl").write_bytes(pickle.dumps(SMTConfig(density=0.2)))
         code = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).density)"
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "config.pkl")], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "config.pkl")], capture_output=True, text=True
+        )
         assert done.stdout.strip() == "0.2", done.stderr

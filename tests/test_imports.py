@@ -22,14 +22,32 @@ ALLOWED = {
     "tuner": {"blocks", "config", "fingerprint", "ops", "say", "selection", "targets"},
     "export": {"blocks", "config", "ops", "say", "tuner"},
     "report": {"blocks", "config", "export", "ops", "say"},
-    "training": {"__init__", "blocks", "config", "export", "fingerprint", "ops", "report", "say", "selection", "targets", "tuner"},
+    "training": {
+        "__init__",
+        "blocks",
+        "config",
+        "export",
+        "fingerprint",
+        "ops",
+        "report",
+        "say",
+        "selection",
+        "targets",
+        "tuner",
+    },
     "cli": {"export", "report", "say", "selection", "training"},
     "__init__": {"_register", "blocks", "config", "selection"},
 }
 # The hosts, and the rooms that may know them.
-HOSTS = {"peft": {"_register", "config", "targets", "tuner", "export", "training"}, "trl": {"training"},
-         "datasets": {"training"}, "triton": set(), "matplotlib": {"report"}, "omegaconf": {"training"},
-         "pydantic": {"training"}}
+HOSTS = {
+    "peft": {"_register", "config", "targets", "tuner", "export", "training"},
+    "trl": {"training"},
+    "datasets": {"training"},
+    "triton": set(),
+    "matplotlib": {"report"},
+    "omegaconf": {"training"},
+    "pydantic": {"training"},
+}
 
 
 def imports():

@@ -42,8 +42,9 @@ def merge_adapter(adapter_dir: str | Path, out_dir: str | Path) -> None:
 def _base_of(adapter_dir: Path) -> str:
     file = adapter_dir / "adapter_config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"there is no adapter in {adapter_dir}: it has no adapter_config.json; pass the "
-                                "output_dir of a run")
+        raise FileNotFoundError(
+            f"there is no adapter in {adapter_dir}: it has no adapter_config.json; pass the output_dir of a run"
+        )
     try:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (json.JSONDecodeError, AttributeError) as error:
@@ -60,8 +61,9 @@ def _load_base(base: str) -> PreTrainedModel:
         loader = getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
         return loader.from_pretrained(base, dtype="auto")
     except (OSError, ValueError) as error:
-        raise ValueError(f"the base model {base}, named in the adapter's base_model_name_or_path, cannot be loaded: "
-                         f"{error}") from error
+        raise ValueError(
+            f"the base model {base}, named in the adapter's base_model_name_or_path, cannot be loaded: {error}"
+        ) from error
 
 
 def _tokenizer(adapter_dir: Path, base: str) -> PreTrainedTokenizerBase | None:

@@ -18,8 +18,9 @@ from .swap import run_with_blocks
 KEEP_WHOLE_SHARE = 0.75
 
 
-def block_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, delta_Brc: Tensor, layout: BlockLayout,
-                 swap: bool) -> Tensor:
+def block_linear(
+    x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, delta_Brc: Tensor, layout: BlockLayout, swap: bool
+) -> Tensor:
     """A linear layer whose frozen weight carries a trained block-sparse delta.
 
     Args:
@@ -66,8 +67,9 @@ class _BlockLinear(torch.autograd.Function):
             if not swap:
                 y_TN = F.linear(x_TK, weight_NK.to(x_TK.dtype), _cast(bias_N, x_TK.dtype))
                 return block_matmul_(y_TN, x_TK, delta_Brc, layout)
-            return _with_weight(lambda w_NK: F.linear(x_TK, w_NK, _cast(bias_N, x_TK.dtype)), x_TK.dtype, weight_NK,
-                                delta_Brc, layout)
+            return _with_weight(
+                lambda w_NK: F.linear(x_TK, w_NK, _cast(bias_N, x_TK.dtype)), x_TK.dtype, weight_NK, delta_Brc, layout
+            )
 
     @staticmethod
     @once_differentiable
@@ -119,7 +121,7 @@ def _keep(x_TK: Tensor, layout: BlockLayout) -> tuple[bool, Tensor]:
 
 
 def _with_weight(gemm, dtype: torch.dtype, weight_NK: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> Tensor:
-    """`gemm(W + delta)`; where autocast makes a copy of the weight anyway, the copy is written and the weight is not."""
+    """`gemm(W + delta)`; where autocast copies the weight anyway, the copy is written and the weight is not."""
     if dtype == weight_NK.dtype:
         return run_with_blocks(lambda: gemm(weight_NK), weight_NK, delta_Brc, layout)
     # Rounded to the weight's own dtype first, as merging does, then to the dtype of the GEMM.

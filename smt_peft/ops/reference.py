@@ -63,7 +63,8 @@ def block_scatter_(weight_NK: Tensor, blocks_Brc: Tensor, layout: BlockLayout) -
     rounded = blocks_Brc.to(weight_NK.dtype)
     if not layout.grid.is_ragged:
         weight_NK.view(-1, layout.grid.block_cols).index_copy_(
-            0, layout.segments, rounded.reshape(-1, layout.grid.block_cols))
+            0, layout.segments, rounded.reshape(-1, layout.grid.block_cols)
+        )
         return weight_NK
     inside, flat = layout.elements
     weight_NK.view(-1).index_copy_(0, flat, rounded.reshape(-1)[inside])
@@ -140,8 +141,11 @@ def dense(blocks_Brc: Tensor, layout: BlockLayout) -> Tensor:
         flat = blocks_Brc.new_zeros((layout.grid.numel // cols, cols))
         return flat.index_copy(0, layout.segments, blocks_Brc.reshape(-1, cols)).view(layout.grid.shape)
     inside, flat = layout.elements
-    return blocks_Brc.new_zeros(layout.grid.numel).index_copy(
-        0, flat, blocks_Brc.reshape(-1)[inside]).view(layout.grid.shape)
+    return (
+        blocks_Brc.new_zeros(layout.grid.numel)
+        .index_copy(0, flat, blocks_Brc.reshape(-1)[inside])
+        .view(layout.grid.shape)
+    )
 
 
 def _stripes(x_TK: Tensor, width: int) -> Tensor:

@@ -43,14 +43,15 @@ def selection_figure(selection: BlockSelection) -> Figure:
     map_height = max(2.0, 0.34 * len(layers) + 1.3)
     figure = Figure(figsize=(11, map_height + 2.9 * rows + 0.7), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle("Chosen blocks: " + selection.summary().replace(", reaching", ",\nreaching"), fontsize=11,
-                    color=INK)
+    figure.suptitle(
+        "Chosen blocks: " + selection.summary().replace(", reaching", ",\nreaching"), fontsize=11, color=INK
+    )
     top, bottom = figure.subfigures(2, 1, height_ratios=[map_height, 2.9 * rows])
     _heat_map(top, found, kinds, layers)
     axes = bottom.subplots(rows, columns, squeeze=False).ravel()
     for ax, place in zip(axes, panels, strict=False):
         _grid(ax, selection, place)
-    for ax in axes[len(panels):]:
+    for ax in axes[len(panels) :]:
         ax.set_axis_off()
     what = "orange: chosen blocks" + ("; grey: score, dark is high, log scale" if selection.scores else "")
     bottom.suptitle(f"Where the blocks lie in {len(panels)} of {len(found)} matrices ({what})", fontsize=10, color=INK)
@@ -79,8 +80,15 @@ def _heat_map(figure, found: list[Place], kinds: list[str], layers: list[int]) -
     if shares.size <= MAX_LABELLED_CELLS:
         for (row, column), share in np.ndenumerate(shares):
             if not np.isnan(share):
-                ax.text(column, row, f"{share:.1f}", ha="center", va="center", fontsize=8,
-                        color="white" if share > 0.8 * top else INK)
+                ax.text(
+                    column,
+                    row,
+                    f"{share:.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if share > 0.8 * top else INK,
+                )
     figure.colorbar(image, ax=ax, label="% of weights", pad=0.01)
 
 

@@ -46,5 +46,5 @@ def _split(name: str) -> tuple[int | None, str]:
     parts = name.split(".")
     for position, part in enumerate(parts):
         if part.isdigit():
-            return int(part), ".".join(parts[position + 1:]) or name
+            return int(part), ".".join(parts[position + 1 :]) or name
     return None, name

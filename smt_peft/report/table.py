@@ -34,8 +34,12 @@ def results(metrics: Mapping[str, Any]) -> str:
     rows = {"before": metrics["before"], "SMT": {**trainable, **metrics["after"]}}
     if "lora" in metrics:
         rows[f"LoRA, rank {metrics['lora']['rank']}"] = metrics["lora"]
-    columns = {"exact_match": ("exact match", "{:.1%}"), "eval_loss": ("eval loss", "{:.4f}"),
-               "trainable_parameters": ("trainable parameters", "{:,}"), "seconds": ("training seconds", "{:.0f}")}
+    columns = {
+        "exact_match": ("exact match", "{:.1%}"),
+        "eval_loss": ("eval loss", "{:.4f}"),
+        "trainable_parameters": ("trainable parameters", "{:,}"),
+        "seconds": ("training seconds", "{:.0f}"),
+    }
     shown = [key for key in columns if any(key in row for row in rows.values())]
     cells = [["model", *(columns[key][0] for key in shown)]]
     for name, row in rows.items():
@@ -51,8 +55,15 @@ def by_kind(selection: BlockSelection) -> str:
         groups.setdefault(place.kind, []).append(place)
     for kind, group in groups.items():
         shapes = dict.fromkeys("{} x {}".format(*selection.grids[place.name].block_shape) for place in group)
-        rows.append([kind, f"{sum(place.blocks > 0 for place in group)} of {len(group)}",
-                     f"{sum(place.blocks for place in group):,}", f"{_share(group, selection):.2%}", ", ".join(shapes)])
+        rows.append(
+            [
+                kind,
+                f"{sum(place.blocks > 0 for place in group)} of {len(group)}",
+                f"{sum(place.blocks for place in group):,}",
+                f"{_share(group, selection):.2%}",
+                ", ".join(shapes),
+            ]
+        )
     return table(rows)
 
 
@@ -63,8 +74,10 @@ def by_layer(selection: BlockSelection) -> str:
         if place.layer is not None:
             groups.setdefault(place.layer, []).append(place)
     rows = [["layer", "blocks", "share of weights"]]
-    rows += [[str(layer), f"{sum(place.blocks for place in group):,}", f"{_share(group, selection):.2%}"]
-             for layer, group in sorted(groups.items())]
+    rows += [
+        [str(layer), f"{sum(place.blocks for place in group):,}", f"{_share(group, selection):.2%}"]
+        for layer, group in sorted(groups.items())
+    ]
     return table(rows) if groups else ""
 
 
@@ -86,6 +99,8 @@ def table(cells: Sequence[Sequence[str]]) -> str:
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = (cell.ljust(width) if position == 0 else cell.rjust(width)
-                      for position, (cell, width) in enumerate(zip(row, widths, strict=True)))
+    first, *others = (
+        cell.ljust(width) if position == 0 else cell.rjust(width)
+        for position, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
     return "| " + " | ".join([first, *others]) + " |"

@@ -45,8 +45,12 @@ class Scope:
         return sum(grids[name].num_blocks if self.in_blocks else grids[name].numel for name in self.names)
 
 
-def choose_blocks(scores: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], config: SMTConfig,
-                  counts: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+def choose_blocks(
+    scores: Mapping[str, Tensor],
+    grids: Mapping[str, BlockGrid],
+    config: SMTConfig,
+    counts: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
     """The best blocks within the budget.
 
     Args:
@@ -66,8 +70,10 @@ def choose_blocks(scores: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], 
     scopes, notes = make_scopes(grids, config, counts), _Notes()
     share, rank = (None, None) if counts is not None else (config.max_column_share, config.max_lora_rank)
     for scope in scopes:
-        matrices = [restrict(Matrix.whole(name, grids[name], _as_array(scores[name]), scope.costs(grids[name])),
-                             share, rank) for name in scope.names]
+        matrices = [
+            restrict(Matrix.whole(name, grids[name], _as_array(scores[name]), scope.costs(grids[name])), share, rank)
+            for name in scope.names
+        ]
         available = sum(int(matrix.costs.sum()) for matrix in matrices)
         if available <= scope.budget:
             taken = [np.ones(matrix.scores.shape, dtype=bool) for matrix in matrices]
@@ -83,8 +89,9 @@ def choose_blocks(scores: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], 
     return _as_blocks(chosen, grids)
 
 
-def choose_pattern(pattern: str, grids: Mapping[str, BlockGrid], config: SMTConfig,
-                   counts: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+def choose_pattern(
+    pattern: str, grids: Mapping[str, BlockGrid], config: SMTConfig, counts: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
     """Blocks on wrapped diagonals, or random ones, within the budget: no score grid is ever made.
 
     In a scope of several modules each gets its share by size. Arguments, result and errors are those of
@@ -98,8 +105,9 @@ def choose_pattern(pattern: str, grids: Mapping[str, BlockGrid], config: SMTConf
         for name in scope.names:
             grid = grids[name]
             passed += grid.num_blocks if scope.in_blocks else grid.numel
-            chosen[name], cost = _take_pattern(pattern, name, grid, scope, scope.budget * passed // total - spent,
-                                               config)
+            chosen[name], cost = _take_pattern(
+                pattern, name, grid, scope, scope.budget * passed // total - spent, config
+            )
             spent += cost
         if spent == 0:
             chosen[scope.names[0]] = _order(pattern, scope.names[0], grids[scope.names[0]], 1, config)
@@ -108,8 +116,9 @@ def choose_pattern(pattern: str, grids: Mapping[str, BlockGrid], config: SMTConf
     return _as_blocks(chosen, grids)
 
 
-def _take_pattern(pattern: str, name: str, grid: BlockGrid, scope: Scope, budget: int,
-                  config: SMTConfig) -> tuple[np.ndarray, int]:
+def _take_pattern(
+    pattern: str, name: str, grid: BlockGrid, scope: Scope, budget: int, config: SMTConfig
+) -> tuple[np.ndarray, int]:
     if scope.in_blocks or not grid.is_ragged:
         cost = 1 if scope.in_blocks else grid.block_rows * grid.block_cols
         order = _order(pattern, name, grid, budget // cost, config)
@@ -130,8 +139,9 @@ def module_seed(seed: int, name: str) -> int:
     return zlib.crc32(f"{seed}:{name}".encode())
 
 
-def make_scopes(grids: Mapping[str, BlockGrid], config: SMTConfig,
-                counts: Mapping[str, int] | None = None) -> list[Scope]:
+def make_scopes(
+    grids: Mapping[str, BlockGrid], config: SMTConfig, counts: Mapping[str, int] | None = None
+) -> list[Scope]:
     """Who shares a budget with whom, and how large it is.
 
     `"per_layer"` groups modules by the path up to its first number, `model.layers.3`; a module without a number stands
@@ -142,8 +152,10 @@ def make_scopes(grids: Mapping[str, BlockGrid], config: SMTConfig,
     """
     if counts is not None:
         if unknown := [name for name in counts if name not in grids]:
-            raise ValueError(f"block_pattern names the module {unknown[0]!r}, which is not among the {len(grids)} "
-                             "targeted modules; the adapter belongs to another model or other target_modules")
+            raise ValueError(
+                f"block_pattern names the module {unknown[0]!r}, which is not among the {len(grids)} "
+                "targeted modules; the adapter belongs to another model or other target_modules"
+            )
         scopes = [Scope(f"module {name}", [name], counts[name], True) for name in grids if name in counts]
     elif isinstance(config.budget, Mapping):
         scopes = _map_scopes(grids, config)
@@ -153,13 +165,21 @@ def make_scopes(grids: Mapping[str, BlockGrid], config: SMTConfig,
     for scope in scopes:
         if scope.budget > (available := scope.total(grids)):
             unit = "blocks" if scope.in_blocks else "weights"
-            raise ValueError(f"{scope.label}: {scope.budget:,} {unit} are asked for, but it has only {available:,}; "
-                             "lower num_blocks, density or its share of the budget, or make block_size smaller")
+            raise ValueError(
+                f"{scope.label}: {scope.budget:,} {unit} are asked for, but it has only {available:,}; "
+                "lower num_blocks, density or its share of the budget, or make block_size smaller"
+            )
     return scopes
 
 
-def _scope(label: str, names: list[str], measured: list[str], share: Fraction, grids: Mapping[str, BlockGrid],
-           config: SMTConfig) -> Scope:
+def _scope(
+    label: str,
+    names: list[str],
+    measured: list[str],
+    share: Fraction,
+    grids: Mapping[str, BlockGrid],
+    config: SMTConfig,
+) -> Scope:
     if config.num_blocks is not None:
         return Scope(label, names, math.floor(share * config.num_blocks), True)
     weights = sum(grids[name].numel for name in measured)
@@ -179,7 +199,7 @@ def _groups(names: list[str], budget: str) -> dict[str, list[str]]:
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         in_layer = budget == "per_layer" and number is not None
-        label = f"layer {'.'.join(parts[:number + 1])}" if in_layer else f"module {name}"
+        label = f"layer {'.'.join(parts[: number + 1])}" if in_layer else f"module {name}"
         groups.setdefault(label, []).append(name)
     return groups
 
@@ -191,8 +211,11 @@ def _map_scopes(grids: Mapping[str, BlockGrid], config: SMTConfig) -> list[Scope
         names = [name for name, owner in owners.items() if owner == pattern]
         if not names:
             found = [name for name in grids if re.search(pattern, name)]
-            reason = (f"matches only modules that an earlier entry has taken, such as {found[0]}" if found else
-                      f"matches none of the {len(grids)} targeted modules, such as {', '.join(list(grids)[:3])}")
+            reason = (
+                f"matches only modules that an earlier entry has taken, such as {found[0]}"
+                if found
+                else f"matches none of the {len(grids)} targeted modules, such as {', '.join(list(grids)[:3])}"
+            )
             raise ValueError(f"budget[{pattern!r}] {reason}; change the regex or take the entry out")
         scopes.append(_scope(f"budget[{pattern!r}]", names, list(grids), _exact(share), grids, config))
     return scopes
@@ -208,8 +231,11 @@ def _as_array(scores: Tensor) -> np.ndarray:
 
 
 def _as_blocks(chosen: Mapping[str, np.ndarray], grids: Mapping[str, BlockGrid]) -> dict[str, Tensor]:
-    return {name: grids[name].unflatten(torch.from_numpy(chosen[name])) for name in grids
-            if name in chosen and len(chosen[name])}
+    return {
+        name: grids[name].unflatten(torch.from_numpy(chosen[name]))
+        for name in grids
+        if name in chosen and len(chosen[name])
+    }
 
 
 class _Notes:
@@ -224,12 +250,16 @@ class _Notes:
             say(f"the budget is below one block in {_some(self.raised)}; one block is taken there")
         if self.short:
             caps = f"max_column_share={config.max_column_share}, max_lora_rank={config.max_lora_rank}"
-            say(f"the caps ({caps}) leave fewer blocks than the budget wants in {_some(self.short)}; all of them are "
-                "taken")
+            say(
+                f"the caps ({caps}) leave fewer blocks than the budget wants in {_some(self.short)}; all of them are "
+                "taken"
+            )
         clipped = [] if counts is not None else [name for name, grid in grids.items() if _is_clipped(grid, config)]
         if clipped:
-            say(f"block_size={config.block_size} is larger than a side of the matrix in {_some(clipped)} "
-                f"({grids[clipped[0]]}) and is clipped to it")
+            say(
+                f"block_size={config.block_size} is larger than a side of the matrix in {_some(clipped)} "
+                f"({grids[clipped[0]]}) and is clipped to it"
+            )
 
 
 def _some(labels: list[str]) -> str:

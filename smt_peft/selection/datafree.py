@@ -15,8 +15,13 @@ from .scores import checked, diagonal_scores, low_rank_magnitude, magnitude, ran
 from .spread import diagonal_order
 
 
-def select_without_data(targets: Mapping[str, Target], config: SMTConfig, counts: Mapping[str, int] | None = None,
-                        grids: Mapping[str, BlockGrid] | None = None, keep_scores: bool = False) -> BlockSelection:
+def select_without_data(
+    targets: Mapping[str, Target],
+    config: SMTConfig,
+    counts: Mapping[str, int] | None = None,
+    grids: Mapping[str, BlockGrid] | None = None,
+    keep_scores: bool = False,
+) -> BlockSelection:
     """Choose blocks by the config's score where that needs no data, else at random.
 
     `random` and `diagonal` never look at a weight, which may be on the meta device.

@@ -40,8 +40,10 @@ def borrowed(model: nn.Module, seed: int, checkpointing: bool) -> Iterator[nn.Mo
     base = base_of(model)
     merged = next((name for name, module in base.named_modules() if getattr(module, "merged", False) is True), None)
     if merged is not None:
-        raise ValueError(f"{merged}: an adapter is merged into the weight, so it is not the base model's; call "
-                         "unmerge_adapter() first")
+        raise ValueError(
+            f"{merged}: an adapter is merged into the weight, so it is not the base model's; call "
+            "unmerge_adapter() first"
+        )
     with ExitStack() as stack:
         stack.enter_context(seeded((parameter.device for parameter in base.parameters()), seed))
         # Put back last: switching adapters off and on changes requires_grad by itself.

@@ -91,8 +91,14 @@ class GradientScore:
 
     NAMES = ("grad_abs", "grad_sq", "taylor", "mean_abs", "grad_sum_abs")
 
-    def __init__(self, name: str, weight: Tensor, grid: BlockGrid, score: str | Callable,
-                 accumulator_device: torch.device | str | None = None):
+    def __init__(
+        self,
+        name: str,
+        weight: Tensor,
+        grid: BlockGrid,
+        score: str | Callable,
+        accumulator_device: torch.device | str | None = None,
+    ):
         self.name, self.weight, self.grid, self.score = name, weight, grid, score
         self.sums = torch.zeros(grid.stripes, dtype=_dtype(weight), device=weight.device)
         self.dense: Tensor | None = None
@@ -120,8 +126,10 @@ class GradientScore:
         scores = self.score(self.weight.detach(), grad)
         if not isinstance(scores, Tensor) or scores.shape != grad.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f"{self.name}: the score function returned {got}; it must return a tensor of the weight's "
-                             f"shape {tuple(grad.shape)}, one score per element")
+            raise ValueError(
+                f"{self.name}: the score function returned {got}; it must return a tensor of the weight's "
+                f"shape {tuple(grad.shape)}, one score per element"
+            )
         return scores.detach().to(grad.dtype)
 
     @torch.no_grad()
@@ -183,8 +191,10 @@ def checked(name: str, scores: Tensor) -> Tensor:
     scores = scores.to(device="cpu", dtype=torch.float32)
     if not bool(torch.isfinite(scores).all()):
         count = int((~torch.isfinite(scores)).sum())
-        raise ValueError(f"{name}: {count} of {scores.numel()} block scores are not finite; the gradients or weights "
-                         "of this module overflow or hold NaN. Run the pass in fp32 or bf16, or look for a bad batch")
+        raise ValueError(
+            f"{name}: {count} of {scores.numel()} block scores are not finite; the gradients or weights "
+            "of this module overflow or hold NaN. Run the pass in fp32 or bf16, or look for a bad batch"
+        )
     return scores
 
 
@@ -205,7 +215,7 @@ def diagonal_scores(grid: BlockGrid, order: Tensor) -> Tensor:
     # fp64: neighbours differ by less than fp32 can tell next to 1.
     scores = torch.empty(grid.num_blocks, dtype=torch.float64)
     scores[order] = torch.linspace(0, -1e-3, grid.num_blocks, dtype=torch.float64)
-    scores[order[:max(grid.stripes)]] += 1
+    scores[order[: max(grid.stripes)]] += 1
     return scores.view(grid.stripes)
 
 

@@ -83,9 +83,11 @@ def restrict(matrix: Matrix, max_column_share: float | None, max_lora_rank: int 
     if rows := max_lora_rank // grid.block_rows:
         options.append(matrix.keep_rows(_best(matrix.scores.sum(1), rows)))
     if not options:
-        raise ValueError(f"{matrix.name}: max_lora_rank={max_lora_rank} is below the sides of its blocks ({grid}); a "
-                         f"single block can have a higher rank. Set block_size to {max_lora_rank} or less, or raise "
-                         f"max_lora_rank to {min(grid.block_shape)}")
+        raise ValueError(
+            f"{matrix.name}: max_lora_rank={max_lora_rank} is below the sides of its blocks ({grid}); a "
+            f"single block can have a higher rank. Set block_size to {max_lora_rank} or less, or raise "
+            f"max_lora_rank to {min(grid.block_shape)}"
+        )
     return max(options, key=lambda option: option.scores.sum())
 
 
@@ -134,7 +136,7 @@ def capped(matrices: list[Matrix], budget: int) -> list[np.ndarray]:
     taken = np.zeros(len(scores), dtype=bool)
     while True:
         for start in range(0, len(waiting), _CHUNK):
-            part = waiting[start:start + _CHUNK]
+            part = waiting[start : start + _CHUNK]
             for block in part[stripes.open(part) & (costs[part] <= budget)]:
                 if costs[block] <= budget and stripes.open(block):
                     stripes.add(block)
@@ -189,7 +191,7 @@ def assignment(matrices: list[Matrix], budget: int) -> list[np.ndarray]:
         chosen[order[used]] = True
         first = 0
         for done, (rows, cols) in zip(taken, matched, strict=True):
-            part = chosen[first:first + len(rows)]
+            part = chosen[first : first + len(rows)]
             done[rows[part], cols[part]] = True
             first += len(rows)
         left = [matrix.costs[~done].max(initial=0) for matrix, done in zip(matrices, taken, strict=True)]
@@ -217,8 +219,10 @@ def matching(scores: np.ndarray, taken: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _pool(matrices: list[Matrix]) -> tuple[np.ndarray, np.ndarray]:
-    return (np.concatenate([matrix.scores.ravel() for matrix in matrices]),
-            np.concatenate([matrix.costs.ravel() for matrix in matrices]))
+    return (
+        np.concatenate([matrix.scores.ravel() for matrix in matrices]),
+        np.concatenate([matrix.costs.ravel() for matrix in matrices]),
+    )
 
 
 def _split(taken: np.ndarray, matrices: list[Matrix]) -> list[np.ndarray]:

@@ -56,8 +56,10 @@ class GradientTaps:
     @contextmanager
     def installed(self):
         # Before other hooks: dY belongs to what the linear itself returned.
-        handles = [target.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
-                   for name, target in self.targets.items()]
+        handles = [
+            target.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
+            for name, target in self.targets.items()
+        ]
         try:
             yield self
         finally:
@@ -86,6 +88,7 @@ class GradientTaps:
             if not torch.is_grad_enabled():
                 return None
             return _Tap.apply(output, _input(args, kwargs), self._anchor, lambda x, dy: self._receive(name, x, dy))
+
         return hook
 
     def _receive(self, name: str, x: Tensor, grad_output: Tensor) -> None:
@@ -108,8 +111,10 @@ class ActivationTaps:
 
     @contextmanager
     def installed(self):
-        handles = [target.module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-                   for name, target in self.targets.items()]
+        handles = [
+            target.module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            for name, target in self.targets.items()
+        ]
         try:
             yield self
         finally:
@@ -124,6 +129,7 @@ class ActivationTaps:
         def hook(module, args, kwargs):
             self.reached.add(name)
             self.scores[name].see(_input(args, kwargs))
+
         return hook
 
 

@@ -30,10 +30,17 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 _DATALOADER = "pass an iterable of batches, such as a torch.utils.data.DataLoader"
 
 
-def select_blocks(model: nn.Module, config: SMTConfig, dataloader: Iterable | None = None, num_batches: int = 64, *,
-                  loss_fn: LossFunction | None = None,
-                  accumulator_device: torch.device | str | None = None, keep_scores: bool = True,
-                  progress: bool = True) -> BlockSelection:
+def select_blocks(
+    model: nn.Module,
+    config: SMTConfig,
+    dataloader: Iterable | None = None,
+    num_batches: int = 64,
+    *,
+    loss_fn: LossFunction | None = None,
+    accumulator_device: torch.device | str | None = None,
+    keep_scores: bool = True,
+    progress: bool = True,
+) -> BlockSelection:
     """Score every block of the targeted weights on a few batches and choose the best within the budget.
 
     Forward and backward run on the frozen base model in evaluation mode. Weights, gradients, modes, hooks, random state
@@ -76,8 +83,15 @@ def select_blocks(model: nn.Module, config: SMTConfig, dataloader: Iterable | No
     return selection
 
 
-def _warm_up(model: nn.Module, config: SMTConfig, taps: Taps, dataloader: Iterable, num_batches: int,
-             loss_fn: LossFunction | None, progress: bool) -> _Seen:
+def _warm_up(
+    model: nn.Module,
+    config: SMTConfig,
+    taps: Taps,
+    dataloader: Iterable,
+    num_batches: int,
+    loss_fn: LossFunction | None,
+    progress: bool,
+) -> _Seen:
     """Run the batches through the borrowed model; an error in one process is raised in all."""
     seen, failure = _Seen(), None
     try:
@@ -85,8 +99,13 @@ def _warm_up(model: nn.Module, config: SMTConfig, taps: Taps, dataloader: Iterab
         with (
             borrowed(model, config.seed, checkpointing=isinstance(taps, GradientTaps)) as base,
             taps.installed(),
-            tqdm(islice(dataloader, num_batches), total=_length(dataloader, num_batches), leave=False,
-                 desc="scoring blocks", disable=not progress) as batches,
+            tqdm(
+                islice(dataloader, num_batches),
+                total=_length(dataloader, num_batches),
+                leave=False,
+                desc="scoring blocks",
+                disable=not progress,
+            ) as batches,
         ):
             _run(base, batches, taps, loss_fn, seen)
         if seen.batches == 0:
@@ -134,8 +153,7 @@ class _Seen:
         return {"num_batches": self.batches, "num_tokens": self.tokens, "data_fingerprint": self.data.hexdigest()}
 
 
-def _run(base: nn.Module, batches: Iterable, taps: Taps, loss_fn: LossFunction | None,
-         seen: _Seen) -> None:
+def _run(base: nn.Module, batches: Iterable, taps: Taps, loss_fn: LossFunction | None, seen: _Seen) -> None:
     device = next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
     forward_only = isinstance(taps, ActivationTaps)
     for batch in batches:
@@ -152,8 +170,10 @@ def _run(base: nn.Module, batches: Iterable, taps: Taps, loss_fn: LossFunction |
 
 def _forward(base: nn.Module, batch: Any, loss_fn: LossFunction | None, number: int) -> Any:
     if loss_fn is None and not isinstance(batch, (Mapping, tuple, list, Tensor)):
-        raise TypeError(f"batch {number} is a {type(batch).__name__}; a batch must be a mapping, a tuple, a list or a "
-                        "tensor, or give loss_fn(model, batch)")
+        raise TypeError(
+            f"batch {number} is a {type(batch).__name__}; a batch must be a mapping, a tuple, a list or a "
+            "tensor, or give loss_fn(model, batch)"
+        )
     try:
         if loss_fn is not None:
             return loss_fn(base, batch)
@@ -161,8 +181,10 @@ def _forward(base: nn.Module, batch: Any, loss_fn: LossFunction | None, number: 
             return base(**batch)
         return base(batch) if isinstance(batch, Tensor) else base(*batch)
     except Exception as error:
-        raise RuntimeError(f"batch {number}: the model refused it ({type(error).__name__}: {error}); its keys and "
-                           "shapes must be what model.forward takes, or give loss_fn(model, batch)") from error
+        raise RuntimeError(
+            f"batch {number}: the model refused it ({type(error).__name__}: {error}); its keys and "
+            "shapes must be what model.forward takes, or give loss_fn(model, batch)"
+        ) from error
 
 
 def _loss(output: Any, batch: Any, number: int, given: bool) -> Tensor:
@@ -171,39 +193,61 @@ def _loss(output: Any, batch: Any, number: int, given: bool) -> Tensor:
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         unlabelled = isinstance(batch, Mapping) and "labels" not in batch
-        repair = ("loss_fn must return a scalar tensor" if given else
-                  "the batch has no 'labels': add them (for a causal language model, a copy of input_ids), or give "
-                  "loss_fn(model, batch)" if unlabelled else "give loss_fn(model, batch) -> scalar")
+        repair = (
+            "loss_fn must return a scalar tensor"
+            if given
+            else "the batch has no 'labels': add them (for a causal language model, a copy of input_ids), or give "
+            "loss_fn(model, batch)"
+            if unlabelled
+            else "give loss_fn(model, batch) -> scalar"
+        )
         raise ValueError(f"batch {number}: the model returned no loss; {repair}")
     if loss.numel() != 1:
-        raise ValueError(f"batch {number}: the loss has shape {tuple(loss.shape)}, but must be a scalar; reduce it, "
-                         "e.g. with loss_fn=lambda model, batch: ....mean()")
+        raise ValueError(
+            f"batch {number}: the loss has shape {tuple(loss.shape)}, but must be a scalar; reduce it, "
+            "e.g. with loss_fn=lambda model, batch: ....mean()"
+        )
     loss = loss.reshape(())
     if not bool(torch.isfinite(loss)):
-        raise ValueError(f"batch {number}: the loss is {loss.item()}; look for an empty or broken batch, or run the "
-                         "model in fp32 or bf16")
+        raise ValueError(
+            f"batch {number}: the loss is {loss.item()}; look for an empty or broken batch, or run the "
+            "model in fp32 or bf16"
+        )
     if not loss.requires_grad:
-        raise ValueError(f"batch {number}: the loss does not depend on any targeted module. Name modules in "
-                         "target_modules that the loss is computed from, and do not detach in the model or in loss_fn; "
-                         "with torch.utils.checkpoint in the model's own code, pass use_reentrant=False")
+        raise ValueError(
+            f"batch {number}: the loss does not depend on any targeted module. Name modules in "
+            "target_modules that the loss is computed from, and do not detach in the model or in loss_fn; "
+            "with torch.utils.checkpoint in the model's own code, pass use_reentrant=False"
+        )
     return loss
 
 
-def _make_taps(targets: Mapping[str, Target], grids: Mapping[str, BlockGrid], config: SMTConfig,
-               accumulator_device: torch.device | str | None) -> Taps:
+def _make_taps(
+    targets: Mapping[str, Target],
+    grids: Mapping[str, BlockGrid],
+    config: SMTConfig,
+    accumulator_device: torch.device | str | None,
+) -> Taps:
     if config.score == "activation":
-        return ActivationTaps(targets, {name: ActivationScore(name, target.weight, grids[name])
-                                        for name, target in targets.items()})
+        return ActivationTaps(
+            targets, {name: ActivationScore(name, target.weight, grids[name]) for name, target in targets.items()}
+        )
     if isinstance(config.score, str) and config.score not in GradientScore.NAMES:
-        raise ValueError(f"score={config.score!r} was read from a file and names a function that cannot be called any "
-                         "more; set score to the function itself or to a score's name")
-    scores = {name: GradientScore(name, target.weight, grids[name], config.score, accumulator_device)
-              for name, target in targets.items()}
+        raise ValueError(
+            f"score={config.score!r} was read from a file and names a function that cannot be called any "
+            "more; set score to the function itself or to a score's name"
+        )
+    scores = {
+        name: GradientScore(name, target.weight, grids[name], config.score, accumulator_device)
+        for name, target in targets.items()
+    }
     sums = [score.dense for score in scores.values() if score.dense is not None]
     if sums:
         size = sum(dense.numel() * dense.element_size() for dense in sums) / 2**20
-        say(f"score='grad_sum_abs' keeps {size:,.1f} MiB of gradient sums on {sums[0].device}; accumulator_device="
-            "'cpu' keeps them off the accelerator, score='mean_abs' needs none")
+        say(
+            f"score='grad_sum_abs' keeps {size:,.1f} MiB of gradient sums on {sums[0].device}; accumulator_device="
+            "'cpu' keeps them off the accelerator, score='mean_abs' needs none"
+        )
     return GradientTaps(targets, scores)
 
 
@@ -211,12 +255,16 @@ def _check_reached(names: list[str], reached: set[str]) -> None:
     flags = _summed(torch.tensor([float(name in reached) for name in names]))
     missed = [name for name, flag in zip(names, flags.tolist(), strict=True) if flag == 0]
     if len(missed) == len(names):
-        raise ValueError(f"none of the {len(names)} targeted modules was reached in any batch ({', '.join(missed[:3])}"
-                         ", ...); name modules in target_modules that the loss depends on, or call them as modules")
+        raise ValueError(
+            f"none of the {len(names)} targeted modules was reached in any batch ({', '.join(missed[:3])}"
+            ", ...); name modules in target_modules that the loss depends on, or call them as modules"
+        )
     if missed:
         listed = ", ".join(missed[:5]) + (", ..." if len(missed) > 5 else "")
-        warnings.warn(f"{len(missed)} of {len(names)} targeted modules were not reached in any batch and score 0: "
-                      f"{listed}", stacklevel=4)
+        warnings.warn(
+            f"{len(missed)} of {len(names)} targeted modules were not reached in any batch and score 0: {listed}",
+            stacklevel=4,
+        )
 
 
 def _processes() -> int:
@@ -235,11 +283,13 @@ def _summed(tensor: Tensor) -> Tensor:
 
 def _check_loader(dataloader: Any, config: SMTConfig) -> None:
     if dataloader is None:
-        raise ValueError(f"score={config.score_name!r} needs data: {_DATALOADER}, or choose a score without data, such "
-                         "as 'diagonal'")
+        raise ValueError(
+            f"score={config.score_name!r} needs data: {_DATALOADER}, or choose a score without data, such as 'diagonal'"
+        )
     if not hasattr(dataloader, "__iter__") and not hasattr(dataloader, "__getitem__"):
-        raise TypeError(f"the dataloader is a {type(dataloader).__name__}, which cannot be iterated over; "
-                        f"{_DATALOADER}")
+        raise TypeError(
+            f"the dataloader is a {type(dataloader).__name__}, which cannot be iterated over; {_DATALOADER}"
+        )
 
 
 def _length(dataloader: Any, num_batches: int) -> int:

@@ -16,5 +16,11 @@ def lora_config(selection: BlockSelection, modules_to_save: list[str] | None = N
     """
     per_rank = sum(grid.rows + grid.cols for grid in selection.grids.values())
     rank = max(1, round(selection.effective_numel / per_rank))
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(selection.grids),
-                      modules_to_save=modules_to_save, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=list(selection.grids),
+        modules_to_save=modules_to_save,
+        task_type="CAUSAL_LM",
+    )

@@ -43,11 +43,14 @@ def load_data(config: RunConfig, text_field: str = "text") -> Data:
     train = _load("dataset_path", config.dataset_path, config.dataset_name, config.dataset_train_split, text_field)
     evaluation = None
     if config.eval_dataset_path or config.dataset_test_split:
-        evaluation = _load("eval_dataset_path", config.eval_dataset_path, config.dataset_name,
-                           config.dataset_test_split, text_field)
+        evaluation = _load(
+            "eval_dataset_path", config.eval_dataset_path, config.dataset_name, config.dataset_test_split, text_field
+        )
     if config.eval_exact_match and not {"prompt", "completion"} <= set(evaluation.column_names):
-        raise ConfigError("eval_exact_match compares completions, so it needs prompt/completion rows in the evaluation "
-                          f"set, which has {evaluation.column_names}; set eval_exact_match: false")
+        raise ConfigError(
+            "eval_exact_match compares completions, so it needs prompt/completion rows in the evaluation "
+            f"set, which has {evaluation.column_names}; set eval_exact_match: false"
+        )
     return Data(train, evaluation)
 
 
@@ -95,19 +98,25 @@ def _find_broken_row(file: str) -> None:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ConfigError(f"{file}, line {number}: no valid JSON ({error.msg}, column {error.colno}); a jsonl "
-                                  "file has one whole object per line") from error
+                raise ConfigError(
+                    f"{file}, line {number}: no valid JSON ({error.msg}, column {error.colno}); a jsonl "
+                    "file has one whole object per line"
+                ) from error
             if not isinstance(row, dict):
-                raise ConfigError(f"{file}, line {number}: a row must be an object like "
-                                  f'{{"prompt": ..., "completion": ...}}, got {type(row).__name__}')
+                raise ConfigError(
+                    f"{file}, line {number}: a row must be an object like "
+                    f'{{"prompt": ..., "completion": ...}}, got {type(row).__name__}'
+                )
 
 
 def _read_hub(name: str, split: str) -> Dataset:
     try:
         return load_dataset(name, split=split)
     except Exception as error:  # the Hub client raises errors of many libraries
-        raise ConfigError(f"dataset_name: {name} (split {split}) cannot be read: {error}; check the name, the split "
-                          "and the network, or use a local file in dataset_path") from error
+        raise ConfigError(
+            f"dataset_name: {name} (split {split}) cannot be read: {error}; check the name, the split "
+            "and the network, or use a local file in dataset_path"
+        ) from error
 
 
 def to_trl(rows: Dataset, where: str, text_field: str = "text") -> tuple[Dataset, str]:
@@ -126,8 +135,10 @@ def to_trl(rows: Dataset, where: str, text_field: str = "text") -> tuple[Dataset
     form = next((name for name, needed in forms.items() if columns.issuperset(needed)), None)
     if form is None:
         expected = "; ".join("+".join(needed) for needed in forms.values())
-        raise ConfigError(f"{where}: the columns {sorted(columns)} are none of the known forms: {expected}. Rename "
-                          "the columns, or set dataset_text_field")
+        raise ConfigError(
+            f"{where}: the columns {sorted(columns)} are none of the known forms: {expected}. Rename "
+            "the columns, or set dataset_text_field"
+        )
     kept = [name for name in (*forms[form], *OPTIONAL.get(form, ())) if name in columns]
     rows = rows.select_columns(kept)
     for name in forms[form]:
@@ -142,8 +153,10 @@ def _check_column(rows: Dataset, name: str, where: str, may_be_list: bool) -> No
     for number, value in enumerate(rows[name], start=1):
         if not isinstance(value, allowed):
             got = "nothing" if value is None else type(value).__name__
-            raise ConfigError(f"{where}, row {number}: {name} must be {'text or a list' if may_be_list else 'text'}, "
-                              f"got {got}; fill it in or drop the row")
+            raise ConfigError(
+                f"{where}, row {number}: {name} must be {'text or a list' if may_be_list else 'text'}, "
+                f"got {got}; fill it in or drop the row"
+            )
         if not value:
             raise ConfigError(f"{where}, row {number}: {name} is empty; fill it in or drop the row")
 

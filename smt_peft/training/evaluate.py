@@ -10,8 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
-def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], *,
-                max_new_tokens: int, batch_size: int, label: str | None = None) -> float:
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    label: str | None = None,
+) -> float:
     """Share of rows whose greedy completion equals the expected one, surrounding blanks aside.
 
     Args:
@@ -32,16 +39,27 @@ def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
     tokenizer.padding_side = "left"
     hits = 0
     try:
-        for start in tqdm(range(0, len(order), batch_size), desc=label, leave=False,
-                          disable=label is None):
-            chosen = order[start:start + batch_size]
-            batch = tokenizer([prompts[i] for i in chosen], return_tensors="pt", padding=True,
-                              add_special_tokens=plain, return_token_type_ids=False)
+        for start in tqdm(range(0, len(order), batch_size), desc=label, leave=False, disable=label is None):
+            chosen = order[start : start + batch_size]
+            batch = tokenizer(
+                [prompts[i] for i in chosen],
+                return_tensors="pt",
+                padding=True,
+                add_special_tokens=plain,
+                return_token_type_ids=False,
+            )
             batch = batch.to(model.device)
-            tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
-                                    pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-            texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1]:], skip_special_tokens=True,
-                                           clean_up_tokenization_spaces=False)
+            tokens = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            texts = tokenizer.batch_decode(
+                tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
             hits += sum(text.strip() == expected[i] for text, i in zip(texts, chosen, strict=True))
     finally:
         model.train(training)

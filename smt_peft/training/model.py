@@ -36,8 +36,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model_name_or_path: the tokenizer of {name} cannot be loaded: {error}") from error
     if tokenizer.eos_token is None:
-        raise ConfigError(f"model_name_or_path: the tokenizer of {name} has no eos_token, so a model cannot learn to "
-                          "stop; set one in its tokenizer_config.json")
+        raise ConfigError(
+            f"model_name_or_path: the tokenizer of {name} has no eos_token, so a model cannot learn to "
+            "stop; set one in its tokenizer_config.json"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -39,22 +39,31 @@ def check_output_dir(run: Run) -> str | None:
     if wanted:
         return _checkpoint(directory, wanted, earlier, run)
     if earlier is None:
-        foreign = sorted(path.name for path in directory.glob("*") if _FOREIGN.fullmatch(path.name)
-                         and path.name != SELECTION)
+        foreign = sorted(
+            path.name for path in directory.glob("*") if _FOREIGN.fullmatch(path.name) and path.name != SELECTION
+        )
         if foreign:
-            raise ConfigError(f"output_dir: {directory} holds {foreign[0]} but no {RUN}, so it belongs to something "
-                              "else; choose another output_dir")
+            raise ConfigError(
+                f"output_dir: {directory} holds {foreign[0]} but no {RUN}, so it belongs to something "
+                "else; choose another output_dir"
+            )
         return None
     changed = _differences(earlier, run.resolved)
     if changed:
-        raise ConfigError(f"output_dir: {directory} holds another run ({'; '.join(changed[:3])}); choose another "
-                          "output_dir, or delete that run")
+        raise ConfigError(
+            f"output_dir: {directory} holds another run ({'; '.join(changed[:3])}); choose another "
+            "output_dir, or delete that run"
+        )
     if (directory / METRICS).exists():
-        raise ConfigError(f"output_dir: {directory} holds this very run, finished; choose another output_dir, or "
-                          "delete that run to repeat it")
+        raise ConfigError(
+            f"output_dir: {directory} holds this very run, finished; choose another output_dir, or "
+            "delete that run to repeat it"
+        )
     if get_last_checkpoint(directory):
-        raise ConfigError(f"output_dir: {directory} holds this run, stopped half way; go on with "
-                          f"{_RESUME}=true, or delete it to start anew")
+        raise ConfigError(
+            f"output_dir: {directory} holds this run, stopped half way; go on with "
+            f"{_RESUME}=true, or delete it to start anew"
+        )
     return None
 
 
@@ -63,19 +72,25 @@ def _checkpoint(directory: Path, wanted: bool | str, earlier: dict | None, run: 
     if wanted is True:
         found = get_last_checkpoint(directory) if directory.is_dir() else None
     if found is None:
-        raise ConfigError(f"{_RESUME}: there is no checkpoint in {directory}; leave the key out to start anew (and set "
-                          "save_steps to have checkpoints)")
+        raise ConfigError(
+            f"{_RESUME}: there is no checkpoint in {directory}; leave the key out to start anew (and set "
+            "save_steps to have checkpoints)"
+        )
     if not Path(found).is_dir():
         raise ConfigError(f"{_RESUME}: there is no checkpoint at {found}; say true for the last one in output_dir")
     if not (directory / SELECTION).is_file():
-        raise ConfigError(f"{_RESUME}: {directory} has no {SELECTION}, which says what the checkpoint's weights are; "
-                          "restore it, or start anew")
+        raise ConfigError(
+            f"{_RESUME}: {directory} has no {SELECTION}, which says what the checkpoint's weights are; "
+            "restore it, or start anew"
+        )
     changed = _differences(earlier or {}, run.resolved)
     ours = {*RunConfig.__annotations__, "smt"}
     fixed = [change for change in changed if change.split(":")[0].split(".")[0] in ours]
     if earlier is not None and fixed:
-        raise ConfigError(f"{_RESUME}: the run in {directory} differs ({'; '.join(fixed[:3])}); set these keys back, "
-                          "or choose another output_dir to start anew")
+        raise ConfigError(
+            f"{_RESUME}: the run in {directory} differs ({'; '.join(fixed[:3])}); set these keys back, "
+            "or choose another output_dir to start anew"
+        )
     for change in changed if earlier is not None else ():
         tell(f"resuming with {change}")
     return str(found)

@@ -84,9 +84,14 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
     after = measure(run, prepared, trainer, "after")
     # Of the tuner, not of PeftModel: that one counts the padding of ragged blocks.
     trainable, _ = trainer.model.base_model.get_nb_trainable_parameters()
-    metrics = {"before": before, "after": {**after, "seconds": seconds}, "trainable_parameters": trainable,
-               "seconds": clock.laps | {"training": seconds},
-               **_circumstances(trainer), "log_history": trainer.state.log_history}
+    metrics = {
+        "before": before,
+        "after": {**after, "seconds": seconds},
+        "trainable_parameters": trainable,
+        "seconds": clock.laps | {"training": seconds},
+        **_circumstances(trainer),
+        "log_history": trainer.state.log_history,
+    }
     if main:
         outputs.save_adapter(trainer.model, prepared.tokenizer, directory)
         outputs.write_metrics(directory, metrics)
@@ -123,13 +128,20 @@ def prepare(run: Run) -> Prepared:
     data = load_data(run.config, run.trainer.dataset_text_field)
     model = load_model(run.config.model_name_or_path, run.config.dtype, run.trainer.device)
     if "messages" in data.train.column_names and tokenizer.chat_template is None and not run.trainer.chat_template_path:
-        raise ConfigError("dataset_path holds messages, but the tokenizer has no chat template; name one in "
-                          "chat_template_path")
-    trainer = SFTTrainer(model=model, args=copy.copy(run.trainer), train_dataset=data.train,
-                         eval_dataset=data.evaluation, processing_class=tokenizer)
+        raise ConfigError(
+            "dataset_path holds messages, but the tokenizer has no chat template; name one in chat_template_path"
+        )
+    trainer = SFTTrainer(
+        model=model,
+        args=copy.copy(run.trainer),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=tokenizer,
+    )
     if len(trainer.train_dataset) == 0:
-        raise ConfigError(f"max_length: no row keeps a token to learn from within {run.trainer.max_length} tokens; "
-                          "raise max_length")
+        raise ConfigError(
+            f"max_length: no row keeps a token to learn from within {run.trainer.max_length} tokens; raise max_length"
+        )
     return Prepared(model, tokenizer, data, trainer)
 
 
@@ -145,24 +157,32 @@ def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
     loader = prepared.trainer.get_train_dataloader()
     set_seed(run.trainer.seed)
     with _blaming("smt"):
-        selection = select_blocks(prepared.model, run.smt, loader, num_batches=run.warmup_batches,
-                                  progress=not run.trainer.disable_tqdm)
+        selection = select_blocks(
+            prepared.model, run.smt, loader, num_batches=run.warmup_batches, progress=not run.trainer.disable_tqdm
+        )
     # Accelerate believes a loader that was left half way to be in use still.
     loader.end()
     return selection
 
 
-def make_trainer(run: Run, prepared: Prepared, config: PeftConfig, callbacks: Sequence[TrainerCallback] = (),
-                 **changed: Any) -> SFTTrainer:
+def make_trainer(
+    run: Run, prepared: Prepared, config: PeftConfig, callbacks: Sequence[TrainerCallback] = (), **changed: Any
+) -> SFTTrainer:
     """TRL's trainer over the tokenised rows, with an adapter on the base model; `changed` replaces trainer keys."""
     args = copy.copy(run.trainer)
     for name, value in changed.items():
         setattr(args, name, value)
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     with _blaming("smt"):
-        return SFTTrainer(model=prepared.model, args=args, train_dataset=prepared.train_set,
-                          eval_dataset=prepared.eval_set, processing_class=prepared.tokenizer, peft_config=config,
-                          callbacks=list(callbacks))
+        return SFTTrainer(
+            model=prepared.model,
+            args=args,
+            train_dataset=prepared.train_set,
+            eval_dataset=prepared.eval_set,
+            processing_class=prepared.tokenizer,
+            peft_config=config,
+            callbacks=list(callbacks),
+        )
 
 
 def fit(run: Run, trainer: SFTTrainer, checkpoint: str | None = None) -> float:
@@ -183,10 +203,14 @@ def measure(run: Run, prepared: Prepared, trainer: SFTTrainer, label: str) -> di
         found["eval_loss"] = trainer.evaluate()["eval_loss"]
         trainer.state.log_history = history
     if run.config.eval_exact_match:
-        found["exact_match"] = exact_match(trainer.model, prepared.tokenizer, prepared.data.evaluation,
-                                           max_new_tokens=run.config.generation_max_new_tokens,
-                                           batch_size=run.config.generation_batch_size,
-                                           label=None if run.trainer.disable_tqdm else f"exact match {label}")
+        found["exact_match"] = exact_match(
+            trainer.model,
+            prepared.tokenizer,
+            prepared.data.evaluation,
+            max_new_tokens=run.config.generation_max_new_tokens,
+            batch_size=run.config.generation_batch_size,
+            label=None if run.trainer.disable_tqdm else f"exact match {label}",
+        )
     if found:
         tell(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
     return found
@@ -202,8 +226,14 @@ def compare_lora(run: Run, prepared: Prepared, selection: BlockSelection) -> dic
     trainable, _ = trainer.model.get_nb_trainable_parameters()
     tell(f"LoRA to compare with: rank {config.r}, {trainable:,} trainable weights, learning rate {rate:g}")
     seconds = fit(run, trainer)
-    return {**measure(run, prepared, trainer, "LoRA"), "seconds": seconds, "trainable_parameters": trainable,
-            "rank": config.r, "learning_rate": rate, "log_history": trainer.state.log_history}
+    return {
+        **measure(run, prepared, trainer, "LoRA"),
+        "seconds": seconds,
+        "trainable_parameters": trainable,
+        "rank": config.r,
+        "learning_rate": rate,
+        "log_history": trainer.state.log_history,
+    }
 
 
 def _smt_config(run: Run, selection: BlockSelection) -> PeftConfig:
@@ -216,8 +246,9 @@ def _smt_config(run: Run, selection: BlockSelection) -> PeftConfig:
 def _verify(run: Run, prepared: Prepared, trainer: SFTTrainer, directory: Path) -> dict[str, Any]:
     rows = prepared.eval_set if prepared.eval_set is not None else prepared.train_set
     sequences = [rows[i]["input_ids"] for i in range(min(4, len(rows)))]
-    return verify_saved(trainer.model, sequences, run.config.model_name_or_path, directory / outputs.SELECTION,
-                        directory)
+    return verify_saved(
+        trainer.model, sequences, run.config.model_name_or_path, directory / outputs.SELECTION, directory
+    )
 
 
 def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any]) -> None:
@@ -226,15 +257,21 @@ def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any])
     outputs.write_text(directory / outputs.REPORT, text)
     draw_selection(selection, directory / outputs.PICTURE)
     tell("\n" + text)
-    tell(f"saved in {directory}: adapter, {outputs.SELECTION}, {outputs.RUN}, {outputs.METRICS}, {outputs.REPORT}, "
-          f"{outputs.PICTURE}")
+    tell(
+        f"saved in {directory}: adapter, {outputs.SELECTION}, {outputs.RUN}, {outputs.METRICS}, {outputs.REPORT}, "
+        f"{outputs.PICTURE}"
+    )
 
 
 def _circumstances(trainer: SFTTrainer) -> dict[str, Any]:
     device = trainer.args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": f"{device.type} ({name})", "threads": torch.get_num_threads(),
-            "python": platform.python_version(), "versions": {name: version(name) for name in PACKAGES}}
+    return {
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
 
 
 class _Clock:

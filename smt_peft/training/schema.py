@@ -24,18 +24,43 @@ from .source import Errors, read_yaml
 AUTO = "auto"
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # Fields of SMTConfig that a file of PEFT holds, or that a run fills in itself.
-_INTERNAL = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
-             "inference_mode", "block_pattern", "base_fingerprint", "target_parameters", "fan_in_fan_out"}
+_INTERNAL = {
+    "peft_type",
+    "peft_version",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "block_pattern",
+    "base_fingerprint",
+    "target_parameters",
+    "fan_in_fan_out",
+}
 # Fields of SFTConfig that would do nothing here, or something unsafe.
 _REFUSED = {"trust_remote_code", "model_init_kwargs", "do_train", "do_eval", "do_predict", "local_rank"}
 # Names other trainers use: too far from ours for difflib.
-_SYNONYMS = {"base_model": "model_name_or_path", "model": "model_name_or_path", "sequence_len": "max_length",
-             "cutoff_len": "max_length", "max_seq_length": "max_length", "lr": "learning_rate",
-             "micro_batch_size": "per_device_train_batch_size", "batch_size": "per_device_train_batch_size",
-             "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "torch_dtype": "dtype",
-             "lr_scheduler": "lr_scheduler_type", "precision": "dtype", "evaluation_strategy": "eval_strategy",
-             "warmup_ratio": "warmup_steps (below 1 it is a ratio)", "dataset": "dataset_path",
-             "datasets": "dataset_path", "sample_packing": "packing", "train_on_inputs": "completion_only_loss"}
+_SYNONYMS = {
+    "base_model": "model_name_or_path",
+    "model": "model_name_or_path",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "max_seq_length": "max_length",
+    "lr": "learning_rate",
+    "micro_batch_size": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "torch_dtype": "dtype",
+    "lr_scheduler": "lr_scheduler_type",
+    "precision": "dtype",
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps (below 1 it is a ratio)",
+    "dataset": "dataset_path",
+    "datasets": "dataset_path",
+    "sample_packing": "packing",
+    "train_on_inputs": "completion_only_loss",
+}
 
 
 @dataclass
@@ -133,8 +158,11 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     sft = _build(lambda given: SFTConfig(**_with_defaults(given)), trainer, "", errors)
     errors.raise_any()
     config = RunConfig(**{key: good[key] for key in ours})
-    resolved = {**{field.name: getattr(config, field.name) for field in fields(config)}, **trainer,
-                "smt": {**vars(warmup), **block}}
+    resolved = {
+        **{field.name: getattr(config, field.name) for field in fields(config)},
+        **trainer,
+        "smt": {**vars(warmup), **block},
+    }
     return Run(config, sft, smt, warmup.selection, warmup.warmup_batches, resolved)
 
 
@@ -153,8 +181,9 @@ def _check(key: str, value: Any, known: Mapping[str, Any], errors: Errors) -> bo
     if key not in known:
         errors.add(key, f"unknown key {key!r}" + _hint(key, known))
         return False
-    adapter = TypeAdapter(known[key], config=None if _is_class(known[key]) else
-                          ConfigDict(arbitrary_types_allowed=True))
+    adapter = TypeAdapter(
+        known[key], config=None if _is_class(known[key]) else ConfigDict(arbitrary_types_allowed=True)
+    )
     try:
         adapter.validate_python(value, strict=True)
     except ValidationError:
@@ -179,8 +208,15 @@ def _hint(key: str, known: Mapping[str, Any]) -> str:
 
 
 def _describe(hint: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null",
-             list: "a list", dict: "a map"}
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        type(None): "null",
+        list: "a list",
+        dict: "a map",
+    }
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return " or ".join(dict.fromkeys(_describe(part) for part in get_args(hint)))
@@ -190,8 +226,10 @@ def _describe(hint: Any) -> str:
 
 
 def _check_presence(flat: Mapping[str, Any], errors: Errors) -> None:
-    repairs = {"model_name_or_path": "name the base model: a directory or a name on the Hub",
-               "output_dir": "name the directory that the run is to be saved in"}
+    repairs = {
+        "model_name_or_path": "name the base model: a directory or a name on the Hub",
+        "output_dir": "name the directory that the run is to be saved in",
+    }
     for key, repair in repairs.items():
         if flat.get(key) is None and not errors.about(key):
             errors.add(key, f"{key} is missing; {repair}")
@@ -219,15 +257,20 @@ def _check_files(good: Mapping[str, Any], errors: Errors) -> None:
     if model is not None:
         directory = Path(model).expanduser()
         # `a/b` may be a name on the Hub, unless `a` is a directory here.
-        local = directory.exists() or model.startswith((".", "/", "~")) or directory.parts[:1] != directory.parts and (
-            len(directory.parts) > 2 or Path(directory.parts[0]).is_dir())
+        local = (
+            directory.exists()
+            or model.startswith((".", "/", "~"))
+            or directory.parts[:1] != directory.parts
+            and (len(directory.parts) > 2 or Path(directory.parts[0]).is_dir())
+        )
         if local and not (directory / "config.json").is_file():
             what = "holds no config.json, so no model" if directory.is_dir() else "does not exist"
             errors.add("model_name_or_path", f"model_name_or_path: the directory {model} {what}")
     selection = good.get("smt.selection", AUTO)
     if selection != AUTO and not Path(selection).is_file():
-        errors.add("smt.selection", f"smt.selection: there is no file {selection}; make it with `smt select`, or say "
-                                    "auto")
+        errors.add(
+            "smt.selection", f"smt.selection: there is no file {selection}; make it with `smt select`, or say auto"
+        )
 
 
 def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,8 +295,10 @@ def _build(build, given: Mapping[str, Any], prefix: str, errors: Errors) -> Any:
             return build(dict(given))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         message = str(error)
-        guilty = next((key for key in given if _mentions(message, key)),
-                      next((key for key, value in given.items() if _mentions(message, value)), ""))
+        guilty = next(
+            (key for key in given if _mentions(message, key)),
+            next((key for key, value in given.items() if _mentions(message, value)), ""),
+        )
         key = ".".join(part for part in (prefix, guilty) if part)
         errors.add(key, f"{key}: {message}" if key else message)
         return None

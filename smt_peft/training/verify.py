@@ -35,8 +35,9 @@ ROUNDING_FACTOR = 4.0
 _LAUNCHER = ("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
-def verify_saved(model: nn.Module, sequences: Sequence[Sequence[int]], base: str, selection: Path,
-                 directory: Path) -> dict[str, Any]:
+def verify_saved(
+    model: nn.Module, sequences: Sequence[Sequence[int]], base: str, selection: Path, directory: Path
+) -> dict[str, Any]:
     """Compare the adapter saved in `directory` with the `PeftModel` it was saved from; prints one line per check.
 
     Args:
@@ -54,9 +55,15 @@ def verify_saved(model: nn.Module, sequences: Sequence[Sequence[int]], base: str
     """
     inner = model.get_base_model()
     ids, mask = _pad([list(ids)[:PROBE_TOKENS] for ids in sequences[:PROBE_ROWS]])
-    settings = {"base": base, "dtype": str(inner.dtype).removeprefix("torch."), "device": str(inner.device),
-                "threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision(),
-                "selection": str(selection), "adapter": str(directory)}
+    settings = {
+        "base": base,
+        "dtype": str(inner.dtype).removeprefix("torch."),
+        "device": str(inner.device),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "selection": str(selection),
+        "adapter": str(directory),
+    }
     training = model.training
     model.eval()
     probe = {"input_ids": ids, "attention_mask": mask, "logits": _logits(inner, ids, mask)}
@@ -64,11 +71,18 @@ def verify_saved(model: nn.Module, sequences: Sequence[Sequence[int]], base: str
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "probe.safetensors"
         save_file(probe, file, metadata={"settings": json.dumps(settings)})
-        done = subprocess.run([sys.executable, "-m", __spec__.name, str(file)], capture_output=True, text=True,
-                              env=_environment(), check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", __spec__.name, str(file)],
+            capture_output=True,
+            text=True,
+            env=_environment(),
+            check=False,
+        )
     if done.returncode != 0:
-        raise VerificationError("the saved adapter could not be read back in a fresh process:\n"
-                                + "\n".join(done.stderr.strip().splitlines()[-15:]))
+        raise VerificationError(
+            "the saved adapter could not be read back in a fresh process:\n"
+            + "\n".join(done.stderr.strip().splitlines()[-15:])
+        )
     result = json.loads(done.stdout.splitlines()[-1])
     for line in describe(result):
         tell(line)
@@ -124,22 +138,33 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
     layouts, deltas, in_full = _read_adapter(Path(settings["adapter"]), selection)
     merged_model = model.merge_and_unload()
     merged = _logits(merged_model, ids, mask)
-    weights_ok, untouched = _compare_weights(merged_model, load_model(settings["base"], settings["dtype"], "cpu"),
-                                             layouts, deltas, in_full)
+    weights_ok, untouched = _compare_weights(
+        merged_model, load_model(settings["base"], settings["dtype"], "cpu"), layouts, deltas, in_full
+    )
     difference = (merged.double() - own.double()).abs().max().item()
     dtype = getattr(torch, settings["dtype"])
     tolerance = ROUNDING_FACTOR * math.sqrt(len(layouts)) * torch.finfo(dtype).eps * own.abs().max().item()
     return {
-        "passed": {"reload": torch.equal(own, expected), "blocks": bool(layouts), "weights": weights_ok,
-                   "merged": difference <= tolerance},
-        "rows": len(ids), "reload_difference": (own.double() - expected.double()).abs().max().item(),
-        "blocks": sum(map(len, layouts.values())), "untouched_weights": untouched,
-        "merged_difference": difference, "merged_tolerance": tolerance, "dtype": settings["dtype"],
+        "passed": {
+            "reload": torch.equal(own, expected),
+            "blocks": bool(layouts),
+            "weights": weights_ok,
+            "merged": difference <= tolerance,
+        },
+        "rows": len(ids),
+        "reload_difference": (own.double() - expected.double()).abs().max().item(),
+        "blocks": sum(map(len, layouts.values())),
+        "untouched_weights": untouched,
+        "merged_difference": difference,
+        "merged_tolerance": tolerance,
+        "dtype": settings["dtype"],
     }
 
 
-def _read_adapter(directory: Path, selection: BlockSelection,
-                  ) -> tuple[dict[str, BlockLayout], dict[str, Tensor], tuple[str, ...]]:
+def _read_adapter(
+    directory: Path,
+    selection: BlockSelection,
+) -> tuple[dict[str, BlockLayout], dict[str, Tensor], tuple[str, ...]]:
     """Layouts and deltas as the file holds them, none when its blocks are not those of the selection; and the names of
     tensors that are no blocks: of modules and token embeddings trained besides."""
     tensors = load_file(directory / "adapter_model.safetensors")
@@ -147,16 +172,25 @@ def _read_adapter(directory: Path, selection: BlockSelection,
     names = {key.removeprefix(prefix).removesuffix(suffix): key for key in tensors if key.endswith(suffix)}
     indices = {name: tensors[key.removesuffix("weight") + "index"] for name, key in names.items()}
     same = indices.keys() == selection.blocks.keys() and all(
-        torch.equal(index, selection.blocks[name]) for name, index in indices.items())
+        torch.equal(index, selection.blocks[name]) for name, index in indices.items()
+    )
     others = tuple(key.removeprefix(prefix) for key in tensors if ".smt_blocks." not in key)
     if not same:
         return {}, {}, others
-    return ({name: selection.layout(name) for name in names}, {name: tensors[key] for name, key in names.items()},
-            others)
+    return (
+        {name: selection.layout(name) for name in names},
+        {name: tensors[key] for name, key in names.items()},
+        others,
+    )
 
 
-def _compare_weights(merged: nn.Module, base: nn.Module, layouts: dict[str, BlockLayout],
-                     deltas: dict[str, Tensor], in_full: tuple[str, ...]) -> tuple[bool, int]:
+def _compare_weights(
+    merged: nn.Module,
+    base: nn.Module,
+    layouts: dict[str, BlockLayout],
+    deltas: dict[str, Tensor],
+    in_full: tuple[str, ...],
+) -> tuple[bool, int]:
     """Whether merged == base + delta rounded once inside the blocks, == base outside; and how many lie outside.
 
     Modules that a tensor of `in_full` belongs to are passed over: they were trained besides the blocks.

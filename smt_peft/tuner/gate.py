@@ -62,5 +62,8 @@ def why_not_swap(weight: Tensor) -> str | None:
 
 def is_traced() -> bool:
     """Whether autograd Functions with side effects are out: under a compiler, a tracer or a `torch.func` transform."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing()
-            or torch._C._functorch.peek_interpreter_stack() is not None)
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

@@ -34,7 +34,7 @@ class SMTBlocks(nn.Module):
         self._layout: tuple[tuple, BlockLayout] | None = None
 
     def layout(self) -> BlockLayout:
-        """The layout of the current index, checked whenever the index has changed, so that no operation meets a bad one.
+        """The layout of the current index, checked whenever it has changed, so that no operation meets a bad one.
 
         Raises:
             ValueError: the index is out of range, duplicated or unsorted; names the module.
@@ -65,8 +65,10 @@ class SMTBlocks(nn.Module):
             if tensor is None:
                 raise ValueError(f"{self.name}: the adapter file has no smt_blocks.{part} for this module; {repair}")
             if tensor.shape != expected.shape:
-                raise ValueError(f"{self.name}: smt_blocks.{part} has shape {tuple(tensor.shape)} in the file, but "
-                                 f"block_pattern says {tuple(expected.shape)}; {repair}")
+                raise ValueError(
+                    f"{self.name}: smt_blocks.{part} has shape {tuple(tensor.shape)} in the file, but "
+                    f"block_pattern says {tuple(expected.shape)}; {repair}"
+                )
         self.grid.check_blocks(index, self.name)
         if not weight.is_floating_point():
             raise ValueError(f"{self.name}: smt_blocks.weight is {weight.dtype}, not a float type; {repair}")
@@ -110,12 +112,21 @@ class SMTLayer(BaseTunerLayer):
         base = self.get_base_layer()
         return base.weight.t() if isinstance(base, Conv1D) else base.weight
 
-    def update_layer(self, adapter_name: str, grid: BlockGrid, num_blocks: int, index: Tensor,
-                     config: SMTConfig, inference_mode: bool = False) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        grid: BlockGrid,
+        num_blocks: int,
+        index: Tensor,
+        config: SMTConfig,
+        inference_mode: bool = False,
+    ) -> None:
         """Add or replace an adapter of `num_blocks` blocks at the positions `index`, int32 `(num_blocks, 2)`."""
         if config.forward == "overlay":
-            raise ValueError(f"{self.smt_name}: forward='overlay' serves quantised base layers and this one is a plain "
-                             f"{type(self.get_base_layer()).__name__}; use forward='auto'")
+            raise ValueError(
+                f"{self.smt_name}: forward='overlay' serves quantised base layers and this one is a plain "
+                f"{type(self.get_base_layer()).__name__}; use forward='auto'"
+            )
         weight = self.get_base_layer().weight
         blocks = SMTBlocks(self.smt_name, grid, num_blocks)
         if not blocks.weight.is_meta:
@@ -158,8 +169,10 @@ class SMTLayer(BaseTunerLayer):
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 for earlier in reversed(done):
                     self._unmerge_one(earlier)
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken "
-                                 f"(layer {self.smt_name}); the base weight was left as it was")
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken "
+                    f"(layer {self.smt_name}); the base weight was left as it was"
+                )
             ops.block_scatter_(weight, merged, blocks.layout())
             self._originals[adapter] = original
             self.merged_adapters.append(adapter)
@@ -236,11 +249,14 @@ class Linear(nn.Module, SMTLayer):
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
-            raise ValueError("Length of `adapter_names` should be the same as the number of inputs, but got "
-                             f"{len(adapter_names)} and {len(x)} respectively.")
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call "
-                             "`unmerge_adapter` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Each row of the batch with its own adapter; `"__base__"` rows with none."""

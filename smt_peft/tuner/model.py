@@ -48,10 +48,19 @@ class SMTModel(BaseTuner):
         if not matched or not peft_config.block_pattern:
             return matched
         return key in peft_config.block_pattern or any(
-            name.endswith("." + key) or key.endswith("." + name) for name in peft_config.block_pattern)
+            name.endswith("." + key) or key.endswith("." + name) for name in peft_config.block_pattern
+        )
 
-    def _create_and_replace(self, peft_config: SMTConfig, adapter_name: str, target: nn.Module, target_name: str,
-                            parent: nn.Module, current_key: str, **_: Any) -> None:
+    def _create_and_replace(
+        self,
+        peft_config: SMTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
         plan: Plan = peft_config.plan
         grid, num_blocks, index = plan.entry(current_key)
         inference_mode = getattr(peft_config, "inference_mode", False)
@@ -81,9 +90,12 @@ class SMTModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-        handles = [module.register_forward_pre_hook(
-            lambda _, args, kwargs: (args, {**kwargs, "adapter_names": adapter_names}), with_kwargs=True)
-            for module in layers + wrappers]
+        handles = [
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: (args, {**kwargs, "adapter_names": adapter_names}), with_kwargs=True
+            )
+            for module in layers + wrappers
+        ]
         try:
             yield
         finally:
@@ -91,8 +103,9 @@ class SMTModel(BaseTuner):
                 handle.remove()
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: SMTConfig, adapter_name: str,
-                                           state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SMTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Map checkpoint keys to model keys, and check every tensor before the first is copied.
 
         Raises:
@@ -100,16 +113,25 @@ class SMTModel(BaseTuner):
                 was being added is taken out again.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        blocks = {name: module for name, module in model.named_modules()
-                  if isinstance(module, SMTBlocks) and name.endswith(f".smt_blocks.{adapter_name}")}
+        blocks = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, SMTBlocks) and name.endswith(f".smt_blocks.{adapter_name}")
+        }
         weights = {name: remapped.get(f"{name}.weight") for name in blocks}
         try:
             for name, module in blocks.items():
                 module.check_loaded(weights[name], remapped.get(f"{name}.index"))
             # An adapter that was never trained does no harm on any base.
             if any(bool(weight.any()) for weight in weights.values()):
-                check_base(config, {layer.smt_name: layer.weight_view() for layer in model.modules()
-                                    if isinstance(layer, SMTLayer) and not layer.merged})
+                check_base(
+                    config,
+                    {
+                        layer.smt_name: layer.weight_view()
+                        for layer in model.modules()
+                        if isinstance(layer, SMTLayer) and not layer.merged
+                    },
+                )
         except ValueError:
             added_just_now = all(module.untouched for module in blocks.values())
             if added_just_now and len(model.peft_config) > 1 and hasattr(model, "delete_adapter"):
@@ -119,7 +141,10 @@ class SMTModel(BaseTuner):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Trainable weights and all weights, the padding of ragged blocks not counted (PEFT's own count has it in)."""
-        padding = sum(module.padding() for module in self.model.modules()
-                      if isinstance(module, SMTBlocks) and module.weight.requires_grad)
+        padding = sum(
+            module.padding()
+            for module in self.model.modules()
+            if isinstance(module, SMTBlocks) and module.weight.requires_grad
+        )
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return trainable - padding, sum(p.numel() for p in self.model.parameters()) - padding

@@ -1,4 +1,4 @@
-"""What an adapter will look like, settled before the model is touched: per module its grid, block count and positions."""
+"""What an adapter will look like, settled before the model is touched: per module its grid and its blocks."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ class Plan:
 
     def block_pattern(self) -> dict[str, list[int]]:
         """`{module: [num_blocks, rows, cols]}`."""
-        return {name: [len(blocks), *self.selection.grids[name].block_shape]
-                for name, blocks in self.selection.blocks.items()}
+        return {
+            name: [len(blocks), *self.selection.grids[name].block_shape]
+            for name, blocks in self.selection.blocks.items()
+        }
 
     def entry(self, name: str) -> tuple[BlockGrid, int, Tensor]:
         """Grid, number of blocks and positions for a module."""
@@ -60,8 +62,10 @@ def make_plan(model: nn.Module, config: SMTConfig) -> Plan:
     else:
         selection = select_without_data(targets, config)
         if config.needs_data:
-            say(f"no selection given: blocks are drawn at random (seed {config.seed}); select_blocks(model, config, "
-                f"dataloader) would choose them by {config.score_name}")
+            say(
+                f"no selection given: blocks are drawn at random (seed {config.seed}); select_blocks(model, config, "
+                f"dataloader) would choose them by {config.score_name}"
+            )
     kept = config.base_fingerprint if config.block_pattern and config.base_fingerprint else None
     chosen = {name: weight for name, weight in bases.items() if name in selection.blocks}
     return Plan(selection, kept or fingerprint(chosen))
@@ -72,23 +76,32 @@ def check_selection(selection: BlockSelection, targets: dict[str, Target], bases
     repair = "make a selection for this model with select_blocks"
     for name in selection.blocks:
         if name not in targets:
-            raise ValueError(f"{name}: the selection has blocks for this module, which is no target of the model; check "
-                             f"target_modules, or {repair}")
+            raise ValueError(
+                f"{name}: the selection has blocks for this module, which is no target of the model; check "
+                f"target_modules, or {repair}"
+            )
         grid = selection.grids[name]
         if grid.shape != targets[name].shape:
-            raise ValueError(f"{name}: the selection is for a {grid.rows} x {grid.cols} weight, this model's is "
-                             f"{' x '.join(map(str, targets[name].shape))}; {repair}")
-    _check_fingerprint(selection.provenance.get("base_fingerprint"), bases,
-                       f"the selection was made on another base model; {repair}, or drop 'base_fingerprint' from its "
-                       "provenance to use it all the same")
+            raise ValueError(
+                f"{name}: the selection is for a {grid.rows} x {grid.cols} weight, this model's is "
+                f"{' x '.join(map(str, targets[name].shape))}; {repair}"
+            )
+    _check_fingerprint(
+        selection.provenance.get("base_fingerprint"),
+        bases,
+        f"the selection was made on another base model; {repair}, or drop 'base_fingerprint' from its "
+        "provenance to use it all the same",
+    )
 
 
 def check_base(config: SMTConfig, bases: dict[str, Tensor]) -> None:
     """Raise `ValueError`, naming a module, when a saved adapter meets base weights it was not trained on."""
     _check_fingerprint(
-        config.base_fingerprint, bases,
+        config.base_fingerprint,
+        bases,
         "the adapter was trained on another base model. Load the base named in its adapter_config.json "
-        "(base_model_name_or_path); to apply it to this base all the same, remove base_fingerprint there")
+        "(base_model_name_or_path); to apply it to this base all the same, remove base_fingerprint there",
+    )
 
 
 def _check_fingerprint(expected: dict[str, list[float]] | None, bases: dict[str, Tensor], repair: str) -> None:
@@ -104,9 +117,11 @@ def _from_pattern(targets: dict[str, Target], config: SMTConfig) -> BlockSelecti
         name = _find(pattern, targets)
         grid = BlockGrid(*targets[name].shape, rows, cols)
         if num_blocks > grid.num_blocks:
-            raise ValueError(f"{name}: block_pattern asks for {num_blocks} blocks of {rows} x {cols}, but the "
-                             f"{grid.rows} x {grid.cols} weight has only {grid.num_blocks}; the adapter belongs to "
-                             "another model, load it on its own base")
+            raise ValueError(
+                f"{name}: block_pattern asks for {num_blocks} blocks of {rows} x {cols}, but the "
+                f"{grid.rows} x {grid.cols} weight has only {grid.num_blocks}; the adapter belongs to "
+                "another model, load it on its own base"
+            )
         grids[name], counts[name] = grid, num_blocks
     return select_without_data(targets, config, counts=counts, grids=grids)
 
@@ -115,10 +130,15 @@ def _find(pattern: str, targets: dict[str, Target]) -> str:
     """The target a key of `block_pattern` names: exactly, or up to a prefix, as PEFT's own patterns match."""
     if pattern in targets:
         return pattern
-    found = [name for name in targets if name.endswith("." + pattern) or pattern.endswith("." + name)
-             or re.fullmatch(pattern, name)]
+    found = [
+        name
+        for name in targets
+        if name.endswith("." + pattern) or pattern.endswith("." + name) or re.fullmatch(pattern, name)
+    ]
     if len(found) == 1:
         return found[0]
     problem = "no target module" if not found else f"several target modules ({', '.join(found)})"
-    raise ValueError(f"block_pattern names {pattern!r}, which matches {problem} of this model; the adapter belongs to "
-                     "another model or its target_modules were changed, load it on its own base")
+    raise ValueError(
+        f"block_pattern names {pattern!r}, which matches {problem} of this model; the adapter belongs to "
+        "another model or its target_modules were changed, load it on its own base"
+    )

@@ -35,8 +35,11 @@ def test_merged_weights_are_base_plus_delta_rounded_once(saved):
     merge_adapter(path / "adapter", path / "merged")
     base = AutoModelForCausalLM.from_pretrained(path / "base", dtype="auto").state_dict()
     merged = AutoModelForCausalLM.from_pretrained(path / "merged", dtype="auto").state_dict()
-    deltas = {name.removeprefix("base_model.model."): module.get_delta_weight("default")
-              for name, module in model.named_modules() if hasattr(module, "smt_blocks")}
+    deltas = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default")
+        for name, module in model.named_modules()
+        if hasattr(module, "smt_blocks")
+    }
     assert len(deltas) > 4
     changed = 0
     for name, weight in merged.items():
@@ -51,9 +54,11 @@ def test_merged_weights_are_base_plus_delta_rounded_once(saved):
 def test_the_merged_model_loads_where_this_package_is_absent(saved):
     _, path = saved
     merge_adapter(path / "adapter", path / "merged")
-    code = ("import sys; sys.modules['smt_peft'] = None; sys.modules['peft'] = None\n"
-            "from transformers import AutoModelForCausalLM\n"
-            f"print(AutoModelForCausalLM.from_pretrained({str(path / 'merged')!r}).num_parameters())")
+    code = (
+        "import sys; sys.modules['smt_peft'] = None; sys.modules['peft'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"print(AutoModelForCausalLM.from_pretrained({str(path / 'merged')!r}).num_parameters())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == AutoModelForCausalLM.from_pretrained(path / "base").num_parameters()

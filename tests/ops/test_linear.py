@@ -20,8 +20,11 @@ def _setting(layout, dtype=torch.float64, lead=(7,), scale=0.1):
     grid = layout.grid
     weight = torch.randn(grid.shape, dtype=torch.float64).to(dtype)
     bias = torch.randn(grid.rows, dtype=torch.float64).to(dtype)
-    delta = (scale * torch.randn(len(layout), *grid.block_shape) * layout.padding_mask()).to(
-        torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    delta = (
+        (scale * torch.randn(len(layout), *grid.block_shape) * layout.padding_mask())
+        .to(torch.float64 if dtype == torch.float64 else torch.float32)
+        .requires_grad_()
+    )
     x = torch.randn(*lead, grid.cols, dtype=torch.float64).to(dtype).requires_grad_()
     return x, weight, bias, delta
 
@@ -44,7 +47,12 @@ ROUTES = ["swap", "additive", "add", "traceable"]
 
 
 @settings(max_examples=40)
-@given(layouts(max_side=24), st.sampled_from([(), (0,), (7,), (2, 3), (2, 0, 3), (2, 2, 3)]), st.sampled_from(ROUTES), st.booleans())
+@given(
+    layouts(max_side=24),
+    st.sampled_from([(), (0,), (7,), (2, 3), (2, 0, 3), (2, 2, 3)]),
+    st.sampled_from(ROUTES),
+    st.booleans(),
+)
 def test_forward_and_gradients_are_exact(layout, lead, route, transposed):
     x, weight, bias, delta = _setting(layout, lead=lead)
     if transposed:
@@ -135,8 +143,11 @@ def test_only_the_touched_columns_are_kept_for_backward(route):
         _run(route, x, weight, bias, delta, layout)
     mine = {delta.untyped_storage().data_ptr(), weight.untyped_storage().data_ptr()}
     # Storage, not shape: a slice that is a view would keep the whole input alive.
-    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved
-            if t.untyped_storage().data_ptr() not in mine}
+    kept = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in saved
+        if t.untyped_storage().data_ptr() not in mine
+    }
     assert sum(kept.values()) == 64 * layout.columns.numel() * 4 < x.untyped_storage().nbytes() / 4
 
 
@@ -219,7 +230,9 @@ class TestSwap:
         results = []
 
         def work():
-            results.extend(torch.equal(ops.block_linear(x, weight, bias, delta, layout, swap=True), expected) for _ in range(50))
+            results.extend(
+                torch.equal(ops.block_linear(x, weight, bias, delta, layout, swap=True), expected) for _ in range(50)
+            )
 
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:

@@ -61,8 +61,11 @@ def test_each_route_is_no_worse_than_torch(route, dtype, poisoned):
     assert_no_worse_than_torch(grad, grad_torch, grad_truth)
 
     y, weight = torch.randn(63, layout.grid.rows).to(dtype), ops.dense(delta, layout)
-    assert_no_worse_than_torch(ops.block_matmul_(y.clone(), x, delta, layout), y + x @ weight.t(),
-                               y.double() + x.double() @ weight.double().t())
+    assert_no_worse_than_torch(
+        ops.block_matmul_(y.clone(), x, delta, layout),
+        y + x @ weight.t(),
+        y.double() + x.double() @ weight.double().t(),
+    )
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -96,6 +99,8 @@ def test_large_selections_are_gathered_in_chunks(monkeypatch):
 def test_add_rounded_rounds_once():
     base = torch.randn(1000).to(torch.bfloat16)
     delta = torch.randn(1000) * 1e-2
-    assert torch.equal(ops.add_rounded(base, delta), (base.double() + delta.double()).to(torch.float32).to(torch.bfloat16))
+    assert torch.equal(
+        ops.add_rounded(base, delta), (base.double() + delta.double()).to(torch.float32).to(torch.bfloat16)
+    )
     twice = base + delta.to(torch.bfloat16)
     assert not torch.equal(ops.add_rounded(base, delta), twice)

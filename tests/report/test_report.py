@@ -30,8 +30,11 @@ def test_places_are_read_from_the_names(selection):
 
 
 def test_kinds_stay_apart_when_their_last_names_agree():
-    grids = {"layers.0.self.proj": BlockGrid(8, 8, 4, 4), "layers.0.cross.proj": BlockGrid(8, 8, 4, 4),
-             "head": BlockGrid(8, 8, 4, 4)}
+    grids = {
+        "layers.0.self.proj": BlockGrid(8, 8, 4, 4),
+        "layers.0.cross.proj": BlockGrid(8, 8, 4, 4),
+        "head": BlockGrid(8, 8, 4, 4),
+    }
     selection = BlockSelection({"head": torch.tensor([[0, 0]], dtype=torch.int32)}, grids)
     assert [place.kind for place in places(selection)] == ["self.proj", "cross.proj", "head"]
     assert places(selection)[2].layer is None
@@ -42,8 +45,10 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_blocks_by_kind_and_layer(selection):
-    assert cells(by_kind(selection))[2:] == [["q", "2 of 2", "3", "10.00%", "4 x 4"],
-                                             ["up", "1 of 2", "1", "4.00%", "4 x 4"]]
+    assert cells(by_kind(selection))[2:] == [
+        ["q", "2 of 2", "3", "10.00%", "4 x 4"],
+        ["up", "1 of 2", "1", "4.00%", "4 x 4"],
+    ]
     assert cells(by_layer(selection))[2:] == [["0", "3", "10.00%"], ["1", "1", "4.00%"]]
 
 

@@ -14,8 +14,13 @@ from smt_peft.selection import select_without_data, spread
 from smt_peft.selection.budget import choose_blocks, choose_pattern, make_scopes, module_seed
 from smt_peft.targets import Target
 
-SHAPES = {"layers.0.q": (16, 16), "layers.0.up": (24, 16), "layers.1.q": (16, 16), "layers.1.up": (24, 16),
-          "head": (10, 20)}
+SHAPES = {
+    "layers.0.q": (16, 16),
+    "layers.0.up": (24, 16),
+    "layers.1.q": (16, 16),
+    "layers.1.up": (24, 16),
+    "head": (10, 20),
+}
 
 
 def prepared(seed=0, shapes=SHAPES, **settings_):
@@ -37,12 +42,20 @@ def lines(caplog):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.floats(0.001, 1), st.sampled_from(["global", "per_module", "per_layer"]),
-       st.sampled_from(["free", "capped", "assignment"]), st.integers(1, 9), st.integers(0, 3))
+@given(
+    st.floats(0.001, 1),
+    st.sampled_from(["global", "per_module", "per_layer"]),
+    st.sampled_from(["free", "capped", "assignment"]),
+    st.integers(1, 9),
+    st.integers(0, 3),
+)
 def test_density_is_an_upper_bound_and_is_met(density, budget, spread, side, seed):
     scores, grids, config = prepared(seed, density=density, budget=budget, spread=spread, block_size=side)
-    for chosen in (choose_blocks(scores, grids, config), choose_pattern("random", grids, config),
-                   choose_pattern("diagonal", grids, config)):
+    for chosen in (
+        choose_blocks(scores, grids, config),
+        choose_pattern("random", grids, config),
+        choose_pattern("diagonal", grids, config),
+    ):
         for name, blocks in chosen.items():
             grids[name].check_blocks(blocks, name)
             assert len(blocks)
@@ -75,8 +88,10 @@ def test_num_blocks_counts_within_the_scope(spread):
 def test_per_layer_groups_by_the_first_number():
     _, grids, config = prepared(num_blocks=1, budget="per_layer")
     assert {scope.label: scope.names for scope in make_scopes(grids, config)} == {
-        "layer layers.0": ["layers.0.q", "layers.0.up"], "layer layers.1": ["layers.1.q", "layers.1.up"],
-        "module head": ["head"]}
+        "layer layers.0": ["layers.0.q", "layers.0.up"],
+        "layer layers.1": ["layers.1.q", "layers.1.up"],
+        "module head": ["head"],
+    }
 
 
 def test_global_free_takes_the_best_of_all():
@@ -155,7 +170,7 @@ def test_max_lora_rank_bounds_the_rank_of_the_delta():
     for name, blocks in choose_blocks(scores, grids, config).items():
         delta = torch.zeros(grids[name].shape)
         for r, c in blocks.tolist():
-            delta[r * 4:r * 4 + 4, c * 4:c * 4 + 4].normal_()
+            delta[r * 4 : r * 4 + 4, c * 4 : c * 4 + 4].normal_()
         assert torch.linalg.matrix_rank(delta) <= 9
 
 
@@ -177,8 +192,10 @@ def test_module_seed_is_stable():
 
 def targets_of(shapes, device="cpu"):
     torch.manual_seed(0)
-    return {name: Target(name, nn.Linear(cols, rows, bias=False, device=device), False)
-            for name, (rows, cols) in shapes.items()}
+    return {
+        name: Target(name, nn.Linear(cols, rows, bias=False, device=device), False)
+        for name, (rows, cols) in shapes.items()
+    }
 
 
 @pytest.mark.parametrize("score", ["random", "diagonal", "magnitude", "low_rank_magnitude", "grad_abs"])
@@ -198,8 +215,9 @@ def test_without_data(score, how):
 
 
 def test_random_hangs_on_the_seed_alone():
-    first, second = (select_without_data(targets_of(SHAPES), SMTConfig(score="random", density=0.3, seed=seed))
-                     for seed in (1, 2))
+    first, second = (
+        select_without_data(targets_of(SHAPES), SMTConfig(score="random", density=0.3, seed=seed)) for seed in (1, 2)
+    )
     assert first != second
     torch.manual_seed(7)
     state = torch.get_rng_state()
@@ -214,6 +232,7 @@ def test_weightless_scores_work_on_the_meta_device(lines, monkeypatch):
 
     def never(*args, **kwargs):
         raise AssertionError("a matching of 2048 x 2048 blocks takes seconds; a random one is a permutation")
+
     monkeypatch.setattr(spread, "linear_sum_assignment", never)
     for score in ("random", "diagonal"):
         for budget in ("per_module", "global"):
@@ -229,8 +248,9 @@ def test_weightless_scores_work_on_the_meta_device(lines, monkeypatch):
 
 def test_wrapped_diagonal_under_caps():
     targets = targets_of({"m": (32, 32)})
-    capped = select_without_data(targets, SMTConfig(score="diagonal", density=0.25, block_size=4, spread="capped",
-                                                    max_column_share=0.5)).blocks["m"]
+    capped = select_without_data(
+        targets, SMTConfig(score="diagonal", density=0.25, block_size=4, spread="capped", max_column_share=0.5)
+    ).blocks["m"]
     assert len(torch.unique(capped[:, 1])) <= 4
     assert sum(int(row == col) for row, col in capped.tolist()) == 4
     plain = select_without_data(targets, SMTConfig(score="diagonal", density=0.125, block_size=4)).blocks["m"]

@@ -26,8 +26,15 @@ def test_dropout_makes_no_noise():
 
 def snapshot(model):
     """All that must be found again afterwards."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-             "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
+    hooks = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+    )
     return {
         "weights": {n: p.detach().clone() for n, p in model.state_dict().items()},
         "grads": {n: (id(p.grad), None if p.grad is None else p.grad.clone()) for n, p in model.named_parameters()},
@@ -80,13 +87,18 @@ def test_everything_is_left_as_found(build, score, checkpointed):
     assert select_blocks(model, config, loader, 2, progress=False) == first, "the seed decides, not the random state"
 
 
-@pytest.mark.parametrize("fail", [
-    {"batches": raising_loader(), "expected": (OSError, "the disk is gone")},
-    {"batches": [BATCHES[0], {"input_ids": "text"}], "expected": (RuntimeError, "batch 2: the model refused it")},
-    {"loss_fn": lambda model, each: model(**each).loss * float("nan"),
-     "expected": (ValueError, "batch 1: the loss is nan")},
-    {"score": lambda weight, grad: 1 / 0, "expected": (ZeroDivisionError, "by zero")},
-])
+@pytest.mark.parametrize(
+    "fail",
+    [
+        {"batches": raising_loader(), "expected": (OSError, "the disk is gone")},
+        {"batches": [BATCHES[0], {"input_ids": "text"}], "expected": (RuntimeError, "batch 2: the model refused it")},
+        {
+            "loss_fn": lambda model, each: model(**each).loss * float("nan"),
+            "expected": (ValueError, "batch 1: the loss is nan"),
+        },
+        {"score": lambda weight, grad: 1 / 0, "expected": (ZeroDivisionError, "by zero")},
+    ],
+)
 def test_everything_is_left_as_found_after_an_error(fail):
     fail = dict(fail)
     kind, message = fail.pop("expected")

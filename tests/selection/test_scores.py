@@ -23,8 +23,14 @@ GRID = BlockGrid(10, 14, 4, 5)
 def dense_means(matrix, grid):
     """Mean over the real elements of each block, one slice at a time."""
     rows, cols = grid.block_shape
-    return torch.stack([torch.stack([matrix[r * rows:(r + 1) * rows, c * cols:(c + 1) * cols].mean()
-                                     for c in range(grid.col_stripes)]) for r in range(grid.row_stripes)])
+    return torch.stack(
+        [
+            torch.stack(
+                [matrix[r * rows : (r + 1) * rows, c * cols : (c + 1) * cols].mean() for c in range(grid.col_stripes)]
+            )
+            for r in range(grid.row_stripes)
+        ]
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -125,10 +131,13 @@ def test_low_rank_magnitude_of_a_large_weight():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(("score", "formula"), [
-    ("mean_abs", lambda block: block.mean().abs()),
-    ("grad_sum_abs", lambda block: block.abs().mean()),
-])
+@pytest.mark.parametrize(
+    ("score", "formula"),
+    [
+        ("mean_abs", lambda block: block.mean().abs()),
+        ("grad_sum_abs", lambda block: block.abs().mean()),
+    ],
+)
 def test_same_choice_as_the_release_for_the_same_summed_gradient(score, formula):
     """The released method sums signed gradients over its warm-up and ranks blocks of the sum, over all matrices."""
     torch.manual_seed(0)
@@ -145,8 +154,11 @@ def test_same_choice_as_the_release_for_the_same_summed_gradient(score, formula)
     ranked = []
     for name in names:
         total = torch.stack(grads[name]).sum(0)
-        ranked += [(formula(total[r * 32:r * 32 + 32, c * 32:c * 32 + 32]).item(), name, r, c)
-                   for r in range(8) for c in range(8)]
+        ranked += [
+            (formula(total[r * 32 : r * 32 + 32, c * 32 : c * 32 + 32]).item(), name, r, c)
+            for r in range(8)
+            for c in range(8)
+        ]
     best = {(name, r, c) for _, name, r, c in sorted(ranked, reverse=True)[:count]}
     chosen = choose_blocks(scores, grids, config)
     assert {(name, *block) for name, blocks in chosen.items() for block in blocks.tolist()} == best

@@ -24,7 +24,8 @@ from smt_peft.selection.spread import (
 )
 
 grids = st.builds(BlockGrid, st.integers(1, 40), st.integers(1, 40), st.integers(1, 8), st.integers(1, 8)).filter(
-    lambda grid: grid.block_rows <= grid.rows and grid.block_cols <= grid.cols)
+    lambda grid: grid.block_rows <= grid.rows and grid.block_cols <= grid.cols
+)
 
 
 def matrix(grid, seed=0, name="m", in_blocks=False, levels=None):
@@ -35,8 +36,14 @@ def matrix(grid, seed=0, name="m", in_blocks=False, levels=None):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(grids, min_size=1, max_size=3), st.sampled_from(sorted(SPREAD)), st.floats(0, 1), st.booleans(),
-       st.integers(0, 5), st.sampled_from([None, 2]))
+@given(
+    st.lists(grids, min_size=1, max_size=3),
+    st.sampled_from(sorted(SPREAD)),
+    st.floats(0, 1),
+    st.booleans(),
+    st.integers(0, 5),
+    st.sampled_from([None, 2]),
+)
 def test_every_spread_spends_its_budget(several, spread, share, in_blocks, seed, levels):
     matrices = [matrix(grid, seed + i, f"m{i}", in_blocks, levels) for i, grid in enumerate(several)]
     total = sum(int(m.costs.sum()) for m in matrices)
@@ -63,8 +70,9 @@ def test_free_takes_the_best(rows, cols, count, seed):
 
 
 def test_equal_scores_go_by_module_then_row_major():
-    flat = [Matrix.whole(name, BlockGrid(3, 4, 1, 1), np.zeros((3, 4)), np.ones((3, 4), dtype=np.int64))
-            for name in "ab"]
+    flat = [
+        Matrix.whole(name, BlockGrid(3, 4, 1, 1), np.zeros((3, 4)), np.ones((3, 4), dtype=np.int64)) for name in "ab"
+    ]
     first, second = free(flat, 14)
     assert first.all()
     assert np.flatnonzero(second).tolist() == [0, 1]
@@ -83,7 +91,7 @@ def test_assignment_rounds_are_matchings(rows, cols, seed, levels):
         assert not (before & ~taken).any(), "a larger budget keeps the blocks of a smaller one"
         order.append(tuple(np.argwhere(taken & ~before)[0]))
         before = taken
-    first = order[:min(rows, cols)]
+    first = order[: min(rows, cols)]
     assert len({r for r, _ in first}) == len({c for _, c in first}) == min(rows, cols)
     best = linear_sum_assignment(m.scores, maximize=True)
     assert sum(m.scores[cell] for cell in first) == pytest.approx(m.scores[best].sum())
@@ -91,7 +99,7 @@ def test_assignment_rounds_are_matchings(rows, cols, seed, levels):
     assert values == sorted(values, reverse=True)
     if rows == cols:
         for start in range(0, rows * cols, rows):
-            part = order[start:start + rows]
+            part = order[start : start + rows]
             assert len({r for r, _ in part}) == len({c for _, c in part}) == rows
 
 
@@ -182,16 +190,21 @@ def test_fit_is_the_greedy_loop(costs, budget):
 @settings(max_examples=60, deadline=None)
 @given(grids, st.integers(0, 3))
 def test_patterns_reach_every_block_once_and_stripes_first(grid, seed):
-    for order in (diagonal_order(grid, grid.num_blocks), random_order(grid, grid.num_blocks, "assignment", seed),
-                  random_order(grid, grid.num_blocks, "free", seed)):
+    for order in (
+        diagonal_order(grid, grid.num_blocks),
+        random_order(grid, grid.num_blocks, "assignment", seed),
+        random_order(grid, grid.num_blocks, "free", seed),
+    ):
         assert sorted(order.tolist()) == list(range(grid.num_blocks))
     height, width = grid.stripes
     for order in (diagonal_order(grid, max(height, width)), random_order(grid, max(height, width), "assignment", seed)):
         assert len(set((order // width).tolist())) == height
         assert len(set((order % width).tolist())) == width
     first = diagonal_order(grid, max(height, width))
-    assert all(block // width % height == i % height and block % width == i % width
-               for i, block in ((max(b // width, b % width), b) for b in first.tolist()))
+    assert all(
+        block // width % height == i % height and block % width == i % width
+        for i, block in ((max(b // width, b % width), b) for b in first.tolist())
+    )
     assert np.array_equal(diagonal_order(grid, 3), diagonal_order(grid, grid.num_blocks)[:3])
 
 

@@ -26,8 +26,15 @@ EVERY = {"score": "grad_abs", "density": 0.3, "block_size": (4, 8)}
 
 def select(model, batches=None, num_batches=3, loss_fn=None, accumulator_device=None, **settings):
     config = SMTConfig(**EVERY | settings)
-    return select_blocks(model, config, BATCHES if batches is None else batches, num_batches, loss_fn=loss_fn,
-                         accumulator_device=accumulator_device, progress=False)
+    return select_blocks(
+        model,
+        config,
+        BATCHES if batches is None else batches,
+        num_batches,
+        loss_fn=loss_fn,
+        accumulator_device=accumulator_device,
+        progress=False,
+    )
 
 
 def squares(model, x):
@@ -52,9 +59,14 @@ def dense_gradients(model, batches, config, loss_of=lambda model, batch: model(*
         model.zero_grad()
         loss_of(model, each).backward()
         grads = {name: target.module.weight.grad for name, target in targets.items()}
-        gradients.append({name: torch.zeros(target.shape) if grads[name] is None
-                          else (grads[name].t() if target.transposed else grads[name]).clone()
-                          for name, target in targets.items()})
+        gradients.append(
+            {
+                name: torch.zeros(target.shape)
+                if grads[name] is None
+                else (grads[name].t() if target.transposed else grads[name]).clone()
+                for name, target in targets.items()
+            }
+        )
     return gradients
 
 
@@ -64,18 +76,30 @@ def truth_of(score, model, batches, config, **kwargs):
     for name, target in find_targets(model, config).items():
         stack, weight = torch.stack([grads[name] for grads in gradients]).double(), target.weight.detach().double()
         grid = config.grid(target.shape)
-        dense = {"grad_abs": stack.abs(), "grad_sq": stack**2, "taylor": (weight * stack).abs(),
-                 "mean_abs": stack, "grad_sum_abs": stack}[score].mean(0)
-        scores[name] = {"mean_abs": lambda d, g: dense_means(d, g).abs(),
-                        "grad_sum_abs": lambda d, g: dense_means(d.abs(), g)}.get(score, dense_means)(dense, grid)
+        dense = {
+            "grad_abs": stack.abs(),
+            "grad_sq": stack**2,
+            "taylor": (weight * stack).abs(),
+            "mean_abs": stack,
+            "grad_sum_abs": stack,
+        }[score].mean(0)
+        scores[name] = {
+            "mean_abs": lambda d, g: dense_means(d, g).abs(),
+            "grad_sum_abs": lambda d, g: dense_means(d.abs(), g),
+        }.get(score, dense_means)(dense, grid)
     return scores
 
 
 def assert_scores(selection, truth, rtol=1e-4):
     assert selection.scores.keys() == truth.keys()
     for name, expected in truth.items():
-        torch.testing.assert_close(selection.scores[name].double(), expected.double(), rtol=rtol,
-                                   atol=rtol * expected.abs().max().item() + 1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            selection.scores[name].double(),
+            expected.double(),
+            rtol=rtol,
+            atol=rtol * expected.abs().max().item() + 1e-12,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, partial(tiny_llama, tied=True)])
@@ -94,8 +118,9 @@ def test_callable_score_over_a_model():
     name = "transformer.h.1.mlp.c_fc"
     weight = find_targets(model, config)[name].weight.detach()
     dense = torch.stack([(weight * grads[name]) ** 2 for grads in gradients]).mean(0)
-    torch.testing.assert_close(selection.scores[name], dense_means(dense, config.grid(tuple(weight.shape))),
-                               rtol=1e-4, atol=1e-12)
+    torch.testing.assert_close(
+        selection.scores[name], dense_means(dense, config.grid(tuple(weight.shape))), rtol=1e-4, atol=1e-12
+    )
     with pytest.raises(ValueError, match=r"transformer\.h\.\d.*the score function returned"):
         select(model, score=lambda weight, grad: grad.t())
 
@@ -110,8 +135,9 @@ def test_activation_score_needs_forward_only():
 
     selection = select(model, xs, loss_fn=loss_fn, score="activation", target_modules=["up", "down"])
     for name, see in (("up", lambda x: x), ("down", lambda x: torch.tanh(model.up(x)))):
-        columns = torch.stack([see(x).detach().reshape(-1, model.get_submodule(name).in_features).abs().mean(0)
-                               for x in xs]).mean(0)
+        columns = torch.stack(
+            [see(x).detach().reshape(-1, model.get_submodule(name).in_features).abs().mean(0) for x in xs]
+        ).mean(0)
         grid = selection.grids[name]
         torch.testing.assert_close(selection.scores[name], dense_means(columns.expand(grid.shape), grid))
 
@@ -236,16 +262,27 @@ class Stack(nn.Module):
 def test_one_dense_gradient_at_a_time(score):
     model = Stack()
     with Live((24, 24)) as live:
-        select(model, [(torch.randn(5, 24, dtype=torch.bfloat16),)] * 2, score=score, target_modules=r"layers\.\d",
-               block_size=4)
+        select(
+            model,
+            [(torch.randn(5, 24, dtype=torch.bfloat16),)] * 2,
+            score=score,
+            target_modules=r"layers\.\d",
+            block_size=4,
+        )
     assert live.peak == 1
 
 
 def test_accumulators_are_dense_and_said(caplog):
     caplog.set_level(logging.INFO, logger="smt_peft")
     with Live((24, 24)) as live:
-        select(Stack(), [(torch.randn(5, 24, dtype=torch.bfloat16),)], score="grad_sum_abs", block_size=4,
-               target_modules=r"layers\.\d", accumulator_device="cpu")
+        select(
+            Stack(),
+            [(torch.randn(5, 24, dtype=torch.bfloat16),)],
+            score="grad_sum_abs",
+            block_size=4,
+            target_modules=r"layers\.\d",
+            accumulator_device="cpu",
+        )
     assert live.peak >= 6
     assert any("grad_sum_abs" in line and "MiB" in line for line in caplog.messages)
 
@@ -272,8 +309,15 @@ def test_kinds_of_batches(kind):
             return loss if labels is None else {"loss": loss}
 
     model, x, y = Lossy(), torch.randn(3, 6), torch.randn(3, 8)
-    each = {"dict": {"x": x, "labels": y}, "encoding": BatchEncoding({"x": x, "labels": y}), "tuple": (x, y),
-            "list": [x, y], "tensor": x, "loss_fn": {"anything": [x]}, "object": object()}[kind]
+    each = {
+        "dict": {"x": x, "labels": y},
+        "encoding": BatchEncoding({"x": x, "labels": y}),
+        "tuple": (x, y),
+        "list": [x, y],
+        "tensor": x,
+        "loss_fn": {"anything": [x]},
+        "object": object(),
+    }[kind]
     call = {"loss_fn": lambda model, b: model(b["anything"][0]), "object": lambda model, b: model(x)}.get(kind)
     selection = select(model, [each], target_modules=["proj"], loss_fn=call, block_size=2)
     grad_of = copy.deepcopy(model)
@@ -407,8 +451,14 @@ def _worker(rank, path, queue):
     model = tiny_llama()
     for score in ("grad_abs", "grad_sum_abs", "activation"):
         selection = select(model, BATCHES[:2] if rank == 0 else BATCHES[2:], score=score)
-        queue.put((rank, score, {name: value.tolist() for name, value in selection.scores.items()},
-                   selection.provenance["num_batches"]))
+        queue.put(
+            (
+                rank,
+                score,
+                {name: value.tolist() for name, value in selection.scores.items()},
+                selection.provenance["num_batches"],
+            )
+        )
     try:
         select(model, raising_loader() if rank == 0 else BATCHES)
     except Exception as error:

@@ -25,8 +25,14 @@ def workshop(tmp_path_factory) -> Workshop:
         "model_name_or_path": str(directory / "model"),
         "dataset_path": str(write_jsonl(directory / "train.jsonl", rows)),
         "eval_dataset_path": str(write_jsonl(directory / "test.jsonl", rows[:6])),
-        "max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "gradient_checkpointing": False,
-        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "verify": False,
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "verify": False,
         "smt": {"block_size": 8, "density": 0.1, "warmup_batches": 2},
     }
     return Workshop(directory, settings)
@@ -34,8 +40,14 @@ def workshop(tmp_path_factory) -> Workshop:
 
 @pytest.fixture(scope="session")
 def finished(workshop) -> Finished:
-    path = workshop.write("finished", verify=True, compare_lora=True, eval_exact_match=True,
-                          generation_max_new_tokens=4, smt={"block_size": 8, "density": 0.1, "warmup_batches": 2})
+    path = workshop.write(
+        "finished",
+        verify=True,
+        compare_lora=True,
+        eval_exact_match=True,
+        generation_max_new_tokens=4,
+        smt={"block_size": 8, "density": 0.1, "warmup_batches": 2},
+    )
     process = smt("train", path, "max_steps=6")
     assert process.returncode == 0, process.stderr
     return Finished(process, workshop.directory / "finished", path)

@@ -44,9 +44,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def save_tiny_model(directory: Path) -> None:
     torch.manual_seed(0)
     # Dropout, so that a generator that is not restored shows in the losses.
-    config = LlamaConfig(vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-                         attention_dropout=0.1, eos_token_id=256, pad_token_id=257)
+    config = LlamaConfig(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_dropout=0.1,
+        eos_token_id=256,
+        pad_token_id=257,
+    )
     LlamaForCausalLM(config).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
 
@@ -59,8 +68,13 @@ def write_jsonl(path: Path, rows: list) -> Path:
 def smt(*arguments: str) -> subprocess.CompletedProcess:
     """The real command line, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "smt_peft.cli", *map(str, arguments)], capture_output=True, text=True,
-                          env=environment, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "smt_peft.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
 
 
 @dataclass

@@ -14,12 +14,14 @@ from smt_peft import cli
 
 def test_help_loads_no_torch_and_names_the_verbs():
     """Loaded as a file: `import smt_peft` itself needs torch."""
-    code = ("import importlib.util, sys\n"
-            f"spec = importlib.util.spec_from_file_location('cli', {str(ROOT / 'smt_peft' / 'cli.py')!r})\n"
-            "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
-            "try: module.main(['--help'])\n"
-            "except SystemExit as stop: assert stop.code == 0\n"
-            "assert 'torch' not in sys.modules")
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('cli', {str(ROOT / 'smt_peft' / 'cli.py')!r})\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "try: module.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert all(verb in done.stdout for verb in ("train", "select", "merge"))

@@ -18,13 +18,16 @@ def write(path, *lines) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("row", "form", "columns"), [
-    ({"prompt": "a", "completion": "b", "id": 3}, "prompt/completion", ["prompt", "completion"]),
-    ({"messages": [{"role": "user", "content": "a"}]}, "messages", ["messages"]),
-    ({"instruction": "do", "input": "x", "output": "y"}, "instruction/output", ["prompt", "completion"]),
-    ({"text": "abc"}, "text", ["text"]),
-    ({"input_ids": [1, 2], "labels": [1, 2]}, "tokenised", ["input_ids", "labels"]),
-])
+@pytest.mark.parametrize(
+    ("row", "form", "columns"),
+    [
+        ({"prompt": "a", "completion": "b", "id": 3}, "prompt/completion", ["prompt", "completion"]),
+        ({"messages": [{"role": "user", "content": "a"}]}, "messages", ["messages"]),
+        ({"instruction": "do", "input": "x", "output": "y"}, "instruction/output", ["prompt", "completion"]),
+        ({"text": "abc"}, "text", ["text"]),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, "tokenised", ["input_ids", "labels"]),
+    ],
+)
 def test_forms_are_detected_by_columns(row, form, columns):
     rows, found = to_trl(Dataset.from_list([row]), "here")
     assert found == form
@@ -46,8 +49,12 @@ def test_another_text_column_can_be_named():
 def test_every_kind_of_file_is_read(tmp_path, suffix):
     rows = Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}])
     path = str(tmp_path / f"rows.{suffix}")
-    {"jsonl": rows.to_json, "csv": rows.to_csv, "parquet": rows.to_parquet,
-     "json": lambda path: Path(path).write_text(json.dumps(rows.to_list()))}[suffix](path)
+    {
+        "jsonl": rows.to_json,
+        "csv": rows.to_csv,
+        "parquet": rows.to_parquet,
+        "json": lambda path: Path(path).write_text(json.dumps(rows.to_list())),
+    }[suffix](path)
     assert read_files([path]).to_list() == rows.to_list()
 
 
@@ -61,15 +68,18 @@ def test_a_line_says_what_was_found(tmp_path, capsys):
 GOOD = '{"prompt": "a", "completion": "b"}'
 
 
-@pytest.mark.parametrize(("lines", "message"), [
-    ([GOOD, '{"prompt": "a", "comple'], "rows.jsonl, line 2: no valid JSON"),
-    ([GOOD, "", "[1, 2]"], "rows.jsonl, line 3: a row must be an object"),
-    ([GOOD, '{"prompt": "a"}'], "rows.jsonl, row 2: completion must be text or a list, got nothing"),
-    ([GOOD, '{"prompt": "a", "completion": ""}'], "rows.jsonl, row 2: completion is empty"),
-    (['{"prompt": "a", "completion": 3}'], "rows.jsonl, row 1: completion must be text or a list, got int"),
-    (['{"question": "a"}'], r"columns \['question'\] are none of the known forms.*prompt\+completion"),
-    ([], "rows.jsonl is empty"),
-])
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([GOOD, '{"prompt": "a", "comple'], "rows.jsonl, line 2: no valid JSON"),
+        ([GOOD, "", "[1, 2]"], "rows.jsonl, line 3: a row must be an object"),
+        ([GOOD, '{"prompt": "a"}'], "rows.jsonl, row 2: completion must be text or a list, got nothing"),
+        ([GOOD, '{"prompt": "a", "completion": ""}'], "rows.jsonl, row 2: completion is empty"),
+        (['{"prompt": "a", "completion": 3}'], "rows.jsonl, row 1: completion must be text or a list, got int"),
+        (['{"question": "a"}'], r"columns \['question'\] are none of the known forms.*prompt\+completion"),
+        ([], "rows.jsonl is empty"),
+    ],
+)
 def test_broken_files_are_named_with_the_row(tmp_path, lines, message):
     path = write(tmp_path / "rows.jsonl", *lines)
     with pytest.raises(ConfigError, match=message):

@@ -26,8 +26,16 @@ def losses(metrics: dict) -> dict[int, tuple[float, float]]:
 
 
 def test_a_run_saves_everything_and_verifies_it(finished):
-    names = {"adapter_model.safetensors", "adapter_config.json", outputs.SELECTION, outputs.RUN, outputs.METRICS,
-             outputs.REPORT, outputs.PICTURE, "tokenizer.json"}
+    names = {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        outputs.SELECTION,
+        outputs.RUN,
+        outputs.METRICS,
+        outputs.REPORT,
+        outputs.PICTURE,
+        "tokenizer.json",
+    }
     assert names <= {path.name for path in finished.directory.iterdir()}
     assert not list(finished.directory.glob("*.part"))
     lines = [line for line in finished.process.stdout.splitlines() if line.startswith("verified")]
@@ -66,7 +74,7 @@ def test_before_and_after_agree_with_plain_pytorch(finished, workshop):
         for row in rows:
             prompt, completion = (tokenizer(row[part])["input_ids"] for part in ("prompt", "completion"))
             target = torch.tensor([*completion, tokenizer.eos_token_id])
-            logits = model(input_ids=torch.tensor([[*prompt, *target]])).logits[0, len(prompt) - 1:-1]
+            logits = model(input_ids=torch.tensor([[*prompt, *target]])).logits[0, len(prompt) - 1 : -1]
             total += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
             count += len(target)
         return total / count
@@ -145,8 +153,12 @@ def test_targets_that_match_nothing_are_an_error_before_anything_is_written(work
 
 
 def test_modules_trained_in_full_are_saved_and_verified(workshop):
-    path = workshop.write("in_full", max_steps=2, verify=True,
-                          smt={"block_size": 8, "density": 0.1, "score": "random", "modules_to_save": ["embed_tokens"]})
+    path = workshop.write(
+        "in_full",
+        max_steps=2,
+        verify=True,
+        smt={"block_size": 8, "density": 0.1, "score": "random", "modules_to_save": ["embed_tokens"]},
+    )
     metrics = train(load_run(path))
     assert set(metrics["verified"]["passed"].values()) == {True}
     selection = BlockSelection.load(workshop.directory / "in_full" / outputs.SELECTION)

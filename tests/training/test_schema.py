@@ -19,19 +19,52 @@ def errors_of(path, *overrides: str) -> list[str]:
 def test_our_own_keys_are_these():
     """A new key is a promise: it belongs here only when neither TRL nor SMTConfig has one for it."""
     assert set(RunConfig.__dataclass_fields__) == {
-        "model_name_or_path", "dtype", "dataset_path", "dataset_name", "dataset_train_split", "dataset_test_split",
-        "eval_dataset_path", "eval_exact_match", "generation_max_new_tokens", "generation_batch_size", "compare_lora",
-        "compare_lora_learning_rate", "verify"}
-    assert {key for key in known_keys() if key.startswith("smt.")} == {"smt." + name for name in (
-        "target_modules", "exclude_modules", "block_size", "density", "num_blocks", "score", "budget", "spread",
-        "max_column_share", "max_lora_rank", "selection", "forward", "init_weights", "modules_to_save",
-        "layers_to_transform", "layers_pattern", "trainable_token_indices", "seed", "warmup_batches")}
+        "model_name_or_path",
+        "dtype",
+        "dataset_path",
+        "dataset_name",
+        "dataset_train_split",
+        "dataset_test_split",
+        "eval_dataset_path",
+        "eval_exact_match",
+        "generation_max_new_tokens",
+        "generation_batch_size",
+        "compare_lora",
+        "compare_lora_learning_rate",
+        "verify",
+    }
+    assert {key for key in known_keys() if key.startswith("smt.")} == {
+        "smt." + name
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "block_size",
+            "density",
+            "num_blocks",
+            "score",
+            "budget",
+            "spread",
+            "max_column_share",
+            "max_lora_rank",
+            "selection",
+            "forward",
+            "init_weights",
+            "modules_to_save",
+            "layers_to_transform",
+            "layers_pattern",
+            "trainable_token_indices",
+            "seed",
+            "warmup_batches",
+        )
+    }
     assert {"learning_rate", "max_steps", "packing", "completion_only_loss"} <= known_keys().keys()
 
 
 def test_values_reach_the_configs(workshop):
-    run = load_run(workshop.write("values"), ["learning_rate=2e-4", "smt.density=0.02", "smt.block_size=[8, 16]",
-                                              "eval_strategy=no", "warmup_steps=0.1"])
+    run = load_run(
+        workshop.write("values"),
+        ["learning_rate=2e-4", "smt.density=0.02", "smt.block_size=[8, 16]", "eval_strategy=no", "warmup_steps=0.1"],
+    )
     assert run.trainer.learning_rate == 2e-4
     assert run.trainer.eval_strategy == "no"
     assert run.trainer.warmup_steps == 0.1
@@ -51,9 +84,10 @@ def test_interpolation_and_yaml_floats(workshop):
 
 def test_all_errors_come_at_once_with_line_and_hint(workshop):
     path = workshop.directory / "wrong.yaml"
-    path.write_text(textwrap.dedent(f"""\
-        model_name_or_path: {workshop.directory / 'model'}
-        dataset_path: {workshop.directory / 'train.jsonl'}
+    path.write_text(
+        textwrap.dedent(f"""\
+        model_name_or_path: {workshop.directory / "model"}
+        dataset_path: {workshop.directory / "train.jsonl"}
         learning_rat: 2e-4
         max_steps: ten
         micro_batch_size: 8
@@ -62,7 +96,8 @@ def test_all_errors_come_at_once_with_line_and_hint(workshop):
         smt:
           blok_size: 8
           density: "much"
-        """))
+        """)
+    )
     lines = errors_of(path, "num_train_epoch=3")
     expected = [
         ("command line", "unknown key 'num_train_epoch'; did you mean 'num_train_epochs'?"),
@@ -78,37 +113,43 @@ def test_all_errors_come_at_once_with_line_and_hint(workshop):
         assert place in line and message in line
 
 
-@pytest.mark.parametrize(("changed", "place", "message"), [
-    ({"model_name_or_path": None}, "", "model_name_or_path is missing"),
-    ({"model_name_or_path": "./no/such"}, "line 1", "the directory ./no/such does not exist"),
-    ({"dataset_path": "no.jsonl"}, "line 2", "dataset_path: there is no file no.jsonl"),
-    ({"dataset_path": None}, "", "exactly one of dataset_path and dataset_name"),
-    ({"dataset_name": "org/set"}, "", "exactly one of dataset_path and dataset_name"),
-    ({"eval_dataset_path": "pyproject.toml"}, "line 3", "none of .jsonl, .json, .csv, .parquet"),
-    ({"eval_dataset_path": None, "eval_exact_match": True}, "line", "eval_exact_match needs an evaluation set"),
-    ({"output_dir": None}, "", "output_dir is missing"),
-    ({"trust_remote_code": True}, "line", "'trust_remote_code'; it has no effect here"),
-    ({"lr_scheduler_type": "spiral"}, "line", "lr_scheduler_type: spiral is not a valid SchedulerType"),
-    ({"smt": {"density": 0.1, "num_blocks": 4}}, "line", "both density=0.1 and num_blocks=4 are set"),
-    ({"smt": {"density": 0}}, "line", "density must be above 0"),
-    ({"smt": {"score": "grad_abz"}}, "line", "did you mean 'grad_abs'?"),
-    ({"smt": {"spread": "even"}}, "line", "smt.spread must be 'free' or 'capped' or 'assignment'"),
-    ({"smt": {"selection": "no.safetensors"}}, "line", "smt.selection: there is no file no.safetensors"),
-    ({"smt": {"warmup_batches": 0}}, "line", "smt.warmup_batches must be at least 1"),
-    ({"smt": 3}, "line", "smt is a block of settings"),
-])
+@pytest.mark.parametrize(
+    ("changed", "place", "message"),
+    [
+        ({"model_name_or_path": None}, "", "model_name_or_path is missing"),
+        ({"model_name_or_path": "./no/such"}, "line 1", "the directory ./no/such does not exist"),
+        ({"dataset_path": "no.jsonl"}, "line 2", "dataset_path: there is no file no.jsonl"),
+        ({"dataset_path": None}, "", "exactly one of dataset_path and dataset_name"),
+        ({"dataset_name": "org/set"}, "", "exactly one of dataset_path and dataset_name"),
+        ({"eval_dataset_path": "pyproject.toml"}, "line 3", "none of .jsonl, .json, .csv, .parquet"),
+        ({"eval_dataset_path": None, "eval_exact_match": True}, "line", "eval_exact_match needs an evaluation set"),
+        ({"output_dir": None}, "", "output_dir is missing"),
+        ({"trust_remote_code": True}, "line", "'trust_remote_code'; it has no effect here"),
+        ({"lr_scheduler_type": "spiral"}, "line", "lr_scheduler_type: spiral is not a valid SchedulerType"),
+        ({"smt": {"density": 0.1, "num_blocks": 4}}, "line", "both density=0.1 and num_blocks=4 are set"),
+        ({"smt": {"density": 0}}, "line", "density must be above 0"),
+        ({"smt": {"score": "grad_abz"}}, "line", "did you mean 'grad_abs'?"),
+        ({"smt": {"spread": "even"}}, "line", "smt.spread must be 'free' or 'capped' or 'assignment'"),
+        ({"smt": {"selection": "no.safetensors"}}, "line", "smt.selection: there is no file no.safetensors"),
+        ({"smt": {"warmup_batches": 0}}, "line", "smt.warmup_batches must be at least 1"),
+        ({"smt": 3}, "line", "smt is a block of settings"),
+    ],
+)
 def test_one_wrong_thing_is_one_error(workshop, changed, place, message):
     lines = errors_of(workshop.write("one_wrong", **changed))
     assert len(lines) == 1
     assert message in lines[0] and place in lines[0]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("a: [1, 2", "line 1: no valid YAML"),
-    ("- a\n- b\n", "mapping"),
-    ("output_dir: ${nothing}\n", "nothing"),
-    ("max_steps: 1\nmax_steps: 2\n", "max_steps"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1, 2", "line 1: no valid YAML"),
+        ("- a\n- b\n", "mapping"),
+        ("output_dir: ${nothing}\n", "nothing"),
+        ("max_steps: 1\nmax_steps: 2\n", "max_steps"),
+    ],
+)
 def test_what_is_no_run_at_all(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     path.write_text(text)

@@ -141,7 +141,9 @@ class TestWrongBase:
     def test_other_weights(self, saved):
         path, _ = saved
         torch.manual_seed(1)
-        with pytest.raises(ValueError, match=r"model\.layers\.\S+: the base weights are not those.*base_model_name_or_path"):
+        with pytest.raises(
+            ValueError, match=r"model\.layers\.\S+: the base weights are not those.*base_model_name_or_path"
+        ):
             PeftModel.from_pretrained(tiny_llama(), path / "adapter")
 
     def test_other_shapes(self, saved):
@@ -183,6 +185,7 @@ def _set(key_of, value):
     def change(tensors, index, weight):
         key = index if key_of == "index" else weight
         tensors[key] = value(tensors[key])
+
     return change
 
 
@@ -209,8 +212,9 @@ def test_a_damaged_adapter_is_refused_by_module_name(saved, kind, low_cpu_mem_us
     change, message = DAMAGES[kind]
     _damage(path, change)
     with pytest.raises(ValueError, match=f"layers.0.self_attn.q_proj: .*{message}"):
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path / "base"), path / "adapter",
-                                  low_cpu_mem_usage=low_cpu_mem_usage)
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(path / "base"), path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage
+        )
 
 
 def test_a_damaged_adapter_leaves_the_model_it_was_loaded_into(saved):
@@ -254,8 +258,11 @@ def test_a_selection_for_another_model_is_refused_before_anything_changes():
     config = SMTConfig(**SETTINGS)
     selection = select_blocks(tiny_llama(), config, None)
     torch.manual_seed(1)
-    for base, message in ((tiny_llama(), "base weights are not those"), (tiny_llama(hidden=16), "selection is for a"),
-                          (tiny_llama(layers=1), "no target of the model")):
+    for base, message in (
+        (tiny_llama(), "base weights are not those"),
+        (tiny_llama(hidden=16), "selection is for a"),
+        (tiny_llama(layers=1), "no target of the model"),
+    ):
         names = [name for name, _ in base.named_modules()]
         with pytest.raises(ValueError, match=message):
             get_peft_model(base, SMTConfig(**SETTINGS, selection=selection))
@@ -268,6 +275,7 @@ def test_a_selection_by_path(tmp_path):
     selection.save(tmp_path / "s.safetensors")
     model = get_peft_model(base, SMTConfig(**SETTINGS, selection=str(tmp_path / "s.safetensors")))
     assert model.peft_config["default"].block_pattern == {
-        name: [len(blocks), 8, 8] for name, blocks in selection.blocks.items()}
+        name: [len(blocks), 8, 8] for name, blocks in selection.blocks.items()
+    }
     with pytest.raises(FileNotFoundError, match="select_blocks"):
         get_peft_model(tiny_llama(), SMTConfig(**SETTINGS, selection=str(tmp_path / "none")))

@@ -21,8 +21,11 @@ def smt_layers(model) -> dict[str, SMTLayer]:
 
 def base_weights(model) -> dict[str, torch.Tensor]:
     """Weights of the base under the names they have without the tuner."""
-    return {name.replace(".base_layer", "").removeprefix("base_model.model."): p.detach().clone()
-            for name, p in model.named_parameters() if ".smt_blocks." not in name}
+    return {
+        name.replace(".base_layer", "").removeprefix("base_model.model."): p.detach().clone()
+        for name, p in model.named_parameters()
+        if ".smt_blocks." not in name
+    }
 
 
 def assert_same(ours: dict, expected: dict) -> None:
@@ -133,8 +136,9 @@ def smt_names(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merged_equals_swap_exactly(dtype):
-    model = get_peft_model(tiny_llama().to(dtype), SMTConfig(**ALL, density=0.3, block_size=8, forward="swap",
-                                                             init_weights=False)).eval()
+    model = get_peft_model(
+        tiny_llama().to(dtype), SMTConfig(**ALL, density=0.3, block_size=8, forward="swap", init_weights=False)
+    ).eval()
     with torch.no_grad():
         swapped = model(**batch()).logits
         assert torch.equal(model.merge_and_unload()(**batch()).logits, swapped)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.peft_types import PeftType
+from safetensors import SafetensorError, safe_open
 
 from .blocks import BlockGrid, BlockSelection
 
@@ -131,6 +133,28 @@ class SMTConfig(PeftConfig):
         settings.pop("selection")
         settings["score"] = self.score_name
         return settings
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SMTConfig:
+        """Read a saved config; when the adapter's weights lie beside it, check that their file is whole.
+
+        Raises:
+            ValueError: the weights file is truncated or no safetensors file. No model has been touched by then.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if weights.is_file():
+            try:
+                with safe_open(weights, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{weights} cannot be read ({error}): the file is truncated or damaged; restore it or save the "
+                    "adapter again"
+                ) from error
+        return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and say in the model card beside it, where there is one, what a reader must import."""

@@ -227,6 +227,17 @@ class BlockLayout:
         flat = (rows[:, :, None] * grid.cols + cols[:, None, :]).reshape(-1)
         return inside.nonzero().squeeze(1), flat[inside]
 
+    def prepare(self) -> BlockLayout:
+        """Compute every index tensor now, as ordinary tensors also when called in inference mode. Returns itself."""
+        with torch.inference_mode(False):
+            for layout in (self, self.transposed, self.packed):
+                if layout.grid.is_ragged:
+                    layout.elements  # noqa: B018
+                else:
+                    layout.segments  # noqa: B018
+                layout.block_rows, layout.block_cols, layout.columns  # noqa: B018
+        return self
+
     def padding_mask(self) -> Tensor:
         """True where a packed block holds an element of the weight, bool `(B, block_rows, block_cols)`."""
         inside = torch.zeros(
@@ -361,7 +372,9 @@ class BlockSelection:
             chosen = pick(mine, theirs)
             if len(chosen):
                 combined[name] = grid.unflatten(chosen)
-        return BlockSelection(combined, grids)
+        base = self.provenance.get("base_fingerprint")
+        same_base = base is not None and base == other.provenance.get("base_fingerprint")
+        return BlockSelection(combined, grids, provenance={"base_fingerprint": base} if same_base else {})
 
     def save(self, path: str | Path) -> None:
         """Write the selection as a safetensors file: blocks, kept scores, grids and provenance."""

@@ -119,6 +119,11 @@ class SMTConfig(PeftConfig):
     seed: int = 0
     base_fingerprint: dict[str, list[float]] | None = None
 
+    # Not fields, so neither saved nor compared. The settled blocks, while an adapter is being injected
+    # (`tuner.plan.Plan`); and whether the config was read from a file whose weights have not been loaded yet.
+    plan = None
+    awaits_weights = False
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.SMT
@@ -144,6 +149,7 @@ class SMTConfig(PeftConfig):
             ValueError: the weights file is truncated or no safetensors file. No model has been touched by then.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.awaits_weights = True
         weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if weights.is_file():
             try:
@@ -181,15 +187,6 @@ class SMTConfig(PeftConfig):
         """Whether the score looks at gradients or activations."""
         return self.score not in DATA_FREE_SCORES
 
-    @property
-    def plan(self) -> Any:
-        """The settled blocks while an adapter is being injected (`tuner.plan.Plan`), else None."""
-        return self.__dict__.get("_plan")
-
-    def attach_plan(self, plan: Any) -> None:
-        # No dataclass field: it is neither saved nor compared.
-        self.__dict__["_plan"] = plan
-
     def grid(self, shape: tuple[int, int]) -> BlockGrid:
         """The tiling of a matrix of `(out_features, in_features)` under `block_size`."""
         if self.block_size != "auto":
@@ -201,6 +198,11 @@ class SMTConfig(PeftConfig):
     def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
+            names = [value] if isinstance(value, str) else value
+            if value is not None and not (
+                isinstance(names, (list, tuple, set)) and all(isinstance(name, str) for name in names)
+            ):
+                raise ValueError(f"{name} must be names, a regex or None, got {value!r}")
             if isinstance(value, str) and value != "all-linear":
                 _compile(value, name)
             if isinstance(value, (list, tuple)):
@@ -209,6 +211,11 @@ class SMTConfig(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        layers = self.layers_to_transform
+        if layers is not None and not all(
+            _is_int(n) for n in (layers if isinstance(layers, (list, tuple)) else [layers])
+        ):
+            raise ValueError(f"layers_to_transform must be an int or a list of ints, got {layers!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         if self.target_parameters:
@@ -241,10 +248,10 @@ class SMTConfig(PeftConfig):
                     "e.g. 64, or set density instead of num_blocks"
                 )
             return
-        sides = [size] if _is_int(size) else size
-        if not isinstance(sides, (list, tuple)) or len(sides) > 2 or not all(_is_int(side) for side in sides):
+        sides = [size, size] if _is_int(size) else size
+        if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(_is_int(side) for side in sides):
             raise ValueError(f"block_size must be 'auto', an int or (rows, cols), got {size!r}")
-        if not sides or any(side < 1 and side != -1 for side in sides) or (len(sides) == 1 and not _is_int(size)):
+        if any(side < 1 and side != -1 for side in sides):
             raise ValueError(f"block_size must be positive, or -1 for the whole side, got {size!r}")
         if not _is_int(size):
             self.block_size = list(size)
@@ -277,12 +284,20 @@ class SMTConfig(PeftConfig):
             )
         if not _is_int(self.seed):
             raise ValueError(f"seed must be an int, got {self.seed!r}")
+        damaged = "adapter_config.json is damaged, restore it or save the adapter again"
+        if not isinstance(self.block_pattern or {}, dict):
+            raise ValueError(f"block_pattern must be a map, got {self.block_pattern!r}; {damaged}")
+        values = self.base_fingerprint or {}
+        if not isinstance(values, dict) or not all(
+            isinstance(row, list) and all(isinstance(value, float) for value in row) for row in values.values()
+        ):
+            raise ValueError(f"base_fingerprint must map modules to lists of floats; {damaged}")
         for name, entry in (self.block_pattern or {}).items():
             valid = isinstance(entry, (list, tuple)) and len(entry) == 3 and all(_is_int(n) and n > 0 for n in entry)
             if not valid:
                 raise ValueError(
                     f"block_pattern[{name!r}] must be [num_blocks, rows, cols], three positive ints, got "
-                    f"{entry!r}; adapter_config.json is damaged, restore it or save the adapter again"
+                    f"{entry!r}; {damaged}"
                 )
 
 
@@ -307,11 +322,13 @@ def _check_name(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value in known:
         return
     near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown {name} {value!r}{hint} Known: {', '.join(known)}")
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"unknown {name} {value!r}; {hint}known are {', '.join(known)}")
 
 
 def _compile(pattern: str, name: str) -> None:
+    if not isinstance(pattern, str):
+        raise ValueError(f"{name} {pattern!r} is no regular expression; write it as text")
     try:
         re.compile(pattern)
     except re.error as error:

@@ -25,15 +25,16 @@ def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:
             (packed quantised bases) are passed over.
 
     Returns:
-        For up to 32 modules spread evenly over the model, 8 values spread evenly over the flattened weight.
+        For up to 32 modules spread evenly over the model, 8 values spread over the rows and columns of the weight.
     """
     usable = [
         name
         for name, weight in weights.items()
         if weight.is_floating_point() and not weight.is_meta and weight.numel() > 0
     ]
-    stride = max(1, len(usable) // MAX_MODULES)
-    return {name: _sample(weights[name]).tolist() for name in usable[::stride][:MAX_MODULES]}
+    count = min(MAX_MODULES, len(usable))
+    names = [usable[i * len(usable) // count] for i in range(count)]
+    return {name: _sample(weights[name]).tolist() for name in names}
 
 
 def mismatch(expected: Mapping[str, list[float]], weights: Mapping[str, Tensor]) -> str | None:
@@ -50,14 +51,14 @@ def mismatch(expected: Mapping[str, list[float]], weights: Mapping[str, Tensor])
             return name
         # The floor forgives values that fp16 flushes to zero.
         tolerance = RELATIVE_ROUNDING * torch.maximum(ours.abs(), theirs.abs()) + 1e-7
-        if not bool(((ours - theirs).abs() <= tolerance).all()):
+        same = ((ours - theirs).abs() <= tolerance) | (ours.isnan() & theirs.isnan())
+        if not bool(same.all()):
             return name
     return None
 
 
 def _sample(weight: Tensor) -> Tensor:
     rows, cols = weight.shape
-    count = min(VALUES_PER_MODULE, weight.numel())
-    places = torch.arange(count) * (weight.numel() // count)
-    # Indexed by row and column, not through a flat copy, which a transposed view would need.
-    return weight.detach()[places // cols, places % cols].to(device="cpu", dtype=torch.float64)
+    steps = torch.arange(min(VALUES_PER_MODULE, weight.numel()))
+    # Rows and columns step by different primes, so that the places lie in different rows and in different columns.
+    return weight.detach()[steps * 7919 % rows, steps * 104729 % cols].to(device="cpu", dtype=torch.float64)

@@ -12,10 +12,18 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import SMTConfig
+from .say import once
+
+# What PEFT puts around a module; the module is named by its outer name, whatever lies inside.
+_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 @dataclass(frozen=True)
@@ -46,58 +54,133 @@ class Target:
         module = self.module
         return (module.nf, module.nx) if self.transposed else (module.out_features, module.in_features)
 
+    @property
+    def has_plain_weight(self) -> bool:
+        """Whether the weight is stored element by element in 16 bits or more, so that its values can be read."""
+        weight = self.module.weight
+        plain = weight.is_floating_point() and weight.dtype.itemsize >= 2 and weight.ndim == 2
+        return plain and tuple(self.weight.shape) == self.shape
+
 
 def is_supported(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
+def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = False) -> dict[str, Target]:
     """The modules of `model` that `config` names, in the model's order.
 
     `target_modules`, `exclude_modules`, `modules_to_save`, `layers_to_transform` and `layers_pattern` mean what they
-    mean in PEFT; it is PEFT's own matcher that decides.
+    mean in PEFT; it is PEFT's own matcher that decides. `all-linear` leaves out the output head, also of a model
+    inside a `PeftModel`, and the `out_proj` of `nn.MultiheadAttention`, whose weight is used without a call.
+
+    Args:
+        model: any model; a module that PEFT has wrapped is found by its own name.
+        config: names the modules.
+        over_adapters: whether a target may carry an adapter of another method, as where the base is only read.
 
     Raises:
-        ValueError: nothing matches, or a match is neither a `nn.Linear` nor a `Conv1D`.
+        ValueError: nothing matches, or a match is neither a `nn.Linear` nor a `Conv1D`, is never called, is trained in
+            full, or carries an adapter of another method.
     """
-    # `all-linear` is resolved in place by PEFT; a copy keeps the caller's config as it was.
+    everything = _is_all_linear(config)
+    resolved = _resolved(model, config)
+    head = _output_head(model) if everything else None
+    targets: dict[str, Target] = {}
+    uncalled: list[str] = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside):
+            continue
+        matched = check_target_module_exists(resolved, name)
+        if isinstance(module, _WRAPPERS):
+            inside += (name + ".",)
+        if not matched or isinstance(matched, _ExcludedModule) or module is head:
+            continue
+        if isinstance(module, NonDynamicallyQuantizableLinear) and (everything or config.block_pattern):
+            # A saved adapter's config lists what `all-linear` stood for.
+            uncalled.append(name)
+            continue
+        targets[name] = _as_target(name, module, over_adapters)
+    if uncalled:
+        once(
+            f"{uncalled[0]} is left out{f', and {len(uncalled) - 1} more like it' * (len(uncalled) > 1)}: "
+            "nn.MultiheadAttention takes its weight without calling it, so blocks of it would not train"
+        )
+    if not targets:
+        raise ValueError(_nothing_matched(model, config))
+    return targets
+
+
+def _is_all_linear(config: SMTConfig) -> bool:
+    names = config.target_modules
+    return isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def _resolved(model: nn.Module, config: SMTConfig) -> SMTConfig:
+    """A copy whose `target_modules` are names or a regex; PEFT resolves in place, and the caller's stays as it was."""
     resolved = config.copy()
     if resolved.target_modules is None:
         model_type = BaseTuner.get_model_config(model).get("model_type")
         if model_type not in DEFAULT_TARGETS:
             raise ValueError("Please specify `target_modules` in `peft_config`")
         resolved.target_modules = DEFAULT_TARGETS[model_type]
-    resolved = _maybe_include_all_linear_layers(resolved, model)
-    targets: dict[str, Target] = {}
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name or name.startswith(inside):
-            continue
-        matched = check_target_module_exists(resolved, name)
-        if isinstance(module, BaseTunerLayer):
-            inside += (name + ".",)
-        if matched and not isinstance(matched, _ExcludedModule):
-            targets[name] = _as_target(name, module)
-    if not targets:
-        raise ValueError(_nothing_matched(model, config))
-    return targets
+    return _maybe_include_all_linear_layers(resolved, model)
 
 
-def _as_target(name: str, module: nn.Module) -> Target:
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The output head, also of a model inside a `PeftModel`, where PEFT does not look for it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+
+
+def _as_target(name: str, module: nn.Module, over_adapters: bool) -> Target:
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        raise ValueError(
+            f"Target module {name} is trained besides the blocks already (modules_to_save or trainable_token_indices); "
+            "take it out of target_modules, or add it to exclude_modules"
+        )
     is_merged = False
     if isinstance(module, BaseTunerLayer):
+        if not over_adapters and not _is_own(module):
+            raise ValueError(
+                f"Target module {name} carries an adapter of another method ({_method(module)}), which SMT does not "
+                "go over; call merge_and_unload() or unload() on that adapter's PeftModel first, or add this module to "
+                "exclude_modules"
+            )
         is_merged, module = module.merged, module.get_base_layer()
     if not is_supported(module):
         raise ValueError(
             f"Target module {name} is a {type(module).__name__}, which SMT does not support; it takes torch.nn.Linear "
             "and transformers' Conv1D. Name linear layers in target_modules, or add this one to exclude_modules"
         )
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise ValueError(
+            f"Target module {name} is never called: nn.MultiheadAttention takes its weight without calling it, so "
+            "blocks of it would not train. Add it to exclude_modules"
+        )
     return Target(name, module, isinstance(module, Conv1D), is_merged)
 
 
+def _is_own(layer: BaseTunerLayer) -> bool:
+    # Told by an attribute: the tuner imports this module.
+    return tuple(layer.adapter_layer_names) == ("smt_blocks",)
+
+
+def _method(layer: BaseTunerLayer) -> str:
+    """`lora` for a layer of `peft.tuners.lora.layer`, else the name of the class."""
+    parts = type(layer).__module__.split(".")
+    return parts[2] if parts[:2] == ["peft", "tuners"] and len(parts) > 2 else type(layer).__name__
+
+
 def _nothing_matched(model: nn.Module, config: SMTConfig) -> str:
-    linear = [name for name, module in model.named_modules() if is_supported(module)]
-    names = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    names, inside = set(), ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, _WRAPPERS):
+            inside += (name + ".",)
+        if is_supported(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module):
+            names.add(name.rsplit(".", 1)[-1])
     message = f"Target modules {config.target_modules} not found in the base model. "
     if config.exclude_modules:
         message += f"exclude_modules={config.exclude_modules} is set. "
@@ -105,4 +188,4 @@ def _nothing_matched(model: nn.Module, config: SMTConfig) -> str:
         message += f"Note: You specified 'layers_to_transform': {config.layers_to_transform}. "
     if config.layers_pattern:
         message += f"You also specified 'layers_pattern': {config.layers_pattern}. "
-    return message + f"Please check target_modules; the model's linear layers are named {names}."
+    return message + f"Please check target_modules; the model's linear layers are named {sorted(names)}."

@@ -35,7 +35,8 @@ def block_linear(
         `(..., N)` in the dtype of the (cast) input.
     """
     x = _autocast(x)
-    y_TN = _BlockLinear.apply(x.reshape(-1, x.shape[-1]), weight_NK, bias_N, delta_Brc, layout, swap)
+    keep = torch.is_grad_enabled()
+    y_TN = _BlockLinear.apply(x.reshape(-1, x.shape[-1]), weight_NK, bias_N, delta_Brc, layout, swap, keep)
     return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
 
 
@@ -45,7 +46,8 @@ def block_add(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> T
     Returns:
         `(..., N)` in the dtype of `y`; the products are summed in fp32 at least and rounded once.
     """
-    return _BlockAdd.apply(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), delta_Brc, layout).view(y.shape)
+    y_TN, x_TK = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    return _BlockAdd.apply(y_TN, x_TK, delta_Brc, layout, torch.is_grad_enabled()).view(y.shape)
 
 
 def block_add_traceable(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> Tensor:
@@ -56,8 +58,9 @@ def block_add_traceable(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLa
 
 class _BlockLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK, weight_NK, bias_N, delta_Brc, layout, swap):
-        needs_x, needs_delta = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    def forward(ctx, x_TK, weight_NK, bias_N, delta_Brc, layout, swap, keep):
+        # `needs_input_grad` speaks of the inputs alone; `keep` is False where no graph is recorded.
+        needs_x, needs_delta = keep and ctx.needs_input_grad[0], keep and ctx.needs_input_grad[3]
         ctx.layout, ctx.swap = layout, swap
         ctx.keeps_columns, kept = _keep(x_TK, layout) if needs_delta else (False, None)
         # Saved, not put on ctx: an optimizer step between forward and backward is noticed, and hooks that move or
@@ -86,15 +89,16 @@ class _BlockLinear(torch.autograd.Function):
                     block_matmul_(dx_TK, dy_TN, delta_Brc.transpose(1, 2), layout.transposed)
             if ctx.needs_input_grad[3]:
                 d_delta = block_grad(dy_TN, kept, layout.packed if ctx.keeps_columns else layout)
-        return dx_TK, None, None, d_delta, None, None
+        return dx_TK, None, None, d_delta, None, None, None
 
 
 class _BlockAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_TN, x_TK, delta_Brc, layout):
+    def forward(ctx, y_TN, x_TK, delta_Brc, layout, keep):
+        needs_x, needs_delta = keep and ctx.needs_input_grad[1], keep and ctx.needs_input_grad[2]
         ctx.layout = layout
-        ctx.keeps_columns, kept = _keep(x_TK, layout) if ctx.needs_input_grad[2] else (False, None)
-        ctx.save_for_backward(kept, delta_Brc if ctx.needs_input_grad[1] else None)
+        ctx.keeps_columns, kept = _keep(x_TK, layout) if needs_delta else (False, None)
+        ctx.save_for_backward(kept, delta_Brc if needs_x else None)
         ctx.x_dtype = x_TK.dtype
         with _no_autocast(x_TK):
             return block_matmul_(y_TN.clone(), x_TK, delta_Brc, layout)
@@ -110,7 +114,7 @@ class _BlockAdd(torch.autograd.Function):
                 dx_TK = product.to(ctx.x_dtype)
             if ctx.needs_input_grad[2]:
                 d_delta = block_grad(dy_TN, kept, ctx.layout.packed if ctx.keeps_columns else ctx.layout)
-        return dy_TN, dx_TK, d_delta, None
+        return dy_TN, dx_TK, d_delta, None, None
 
 
 def _keep(x_TK: Tensor, layout: BlockLayout) -> tuple[bool, Tensor]:

@@ -34,8 +34,7 @@ def run_with_blocks(gemm: Callable[[], Tensor], weight_NK: Tensor, delta_Brc: Te
     owner = weight_NK._base if weight_NK._base is not None else weight_NK
     data = weight_NK.data
     with _lock_of(owner):
-        if owner in _unrestored:
-            _restore(owner)
+        _restore(owner)
         original = block_gather(data, layout)
         written = add_rounded(original, delta_Brc)
         _unrestored[owner] = (data, original, layout)
@@ -43,8 +42,12 @@ def run_with_blocks(gemm: Callable[[], Tensor], weight_NK: Tensor, delta_Brc: Te
             block_scatter_(data, written, layout)
             return gemm()
         finally:
-            block_scatter_(data, original, layout)
-            del _unrestored[owner]
+            try:
+                _restore(owner)
+            except KeyboardInterrupt:
+                # A second Ctrl-C can still cut this off; what is left then, `heal` puts right.
+                _restore(owner)
+                raise
 
 
 def heal(weight: Tensor) -> None:
@@ -53,13 +56,16 @@ def heal(weight: Tensor) -> None:
         return
     if weight in _unrestored:
         with _lock_of(weight):
-            if weight in _unrestored:
-                _restore(weight)
+            _restore(weight)
 
 
 def _restore(owner: Tensor) -> None:
+    if owner not in _unrestored:
+        return
     data, original, layout = _unrestored[owner]
-    block_scatter_(data, original, layout)
+    # Weights put in the place of these since then are not ours to write to.
+    if data.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr():
+        block_scatter_(data, original, layout)
     del _unrestored[owner]
 
 

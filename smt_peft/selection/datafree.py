@@ -34,7 +34,7 @@ def select_without_data(
         keep_scores: whether the selection keeps the scores of a choice by weights.
 
     Raises:
-        ValueError: as `choose_blocks`.
+        ValueError: as `choose_blocks`, or a score by weights meets a packed weight.
     """
     grids = {name: (grids or {}).get(name) or config.grid(target.shape) for name, target in targets.items()}
     score = "random" if config.needs_data else config.score
@@ -59,9 +59,21 @@ def _scores(score: str, target: Target, grid: BlockGrid, config: SMTConfig) -> t
         return random_scores(grid, seed)
     if score == "diagonal":
         return diagonal_scores(grid, torch.from_numpy(diagonal_order(grid, grid.num_blocks)))
+    check_readable(target, score)
     if score == "magnitude":
         return checked(target.name, magnitude(target.weight, grid))
     return checked(target.name, low_rank_magnitude(target.weight, grid, seed))
+
+
+def check_readable(target: Target, score: str) -> None:
+    """Raise `ValueError`, naming the module, when a score that reads weights meets a packed one."""
+    if not target.has_plain_weight:
+        weight = target.module.weight
+        raise ValueError(
+            f"{target.name}: score={score!r} reads the weight, which is stored as {weight.dtype} of shape "
+            f"{tuple(weight.shape)} for a {' x '.join(map(str, target.shape))} matrix; take a score that needs no "
+            "weight values, such as 'grad_abs' (with data) or 'diagonal' (without)"
+        )
 
 
 def provenance(score: str, config: SMTConfig, targets: Mapping[str, Target]) -> dict:
@@ -77,6 +89,6 @@ def provenance(score: str, config: SMTConfig, targets: Mapping[str, Target]) -> 
         "max_column_share": config.max_column_share,
         "max_lora_rank": config.max_lora_rank,
         "seed": config.seed,
-        "target_modules": modules if isinstance(modules, str) else sorted(modules),
+        "target_modules": modules if isinstance(modules, str) else sorted(targets if modules is None else modules),
         "num_targets": len(targets),
     }

@@ -123,7 +123,13 @@ class GradientScore:
         self.sums.add_(block_means(grad, self.grid))
 
     def _custom(self, grad: Tensor) -> Tensor:
-        scores = self.score(self.weight.detach(), grad)
+        try:
+            scores = self.score(self.weight.detach(), grad)
+        except Exception as error:
+            raise ValueError(
+                f"{self.name}: the score function raised {type(error).__name__}: {error}; it is called with weight and "
+                f"gradient, both of shape {tuple(grad.shape)}"
+            ) from error
         if not isinstance(scores, Tensor) or scores.shape != grad.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(

@@ -20,7 +20,7 @@ from ..fingerprint import fingerprint
 from ..say import say
 from ..targets import Target, find_targets
 from .budget import choose_blocks
-from .datafree import provenance, select_without_data
+from .datafree import check_readable, provenance, select_without_data
 from .guard import base_of, borrowed
 from .scores import ActivationScore, GradientScore
 from .taps import ActivationTaps, GradientTaps
@@ -30,6 +30,7 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 _DATALOADER = "pass an iterable of batches, such as a torch.utils.data.DataLoader"
 
 
+@torch.inference_mode(False)
 def select_blocks(
     model: nn.Module,
     config: SMTConfig,
@@ -45,7 +46,7 @@ def select_blocks(
 
     Forward and backward run on the frozen base model in evaluation mode. Weights, gradients, modes, hooks, random state
     and the config are left as they were, also when something raises. At any time one module's dense weight gradient
-    exists at most. With `torch.distributed` initialised, scores are summed over the processes first, so that every one
+    exists at most. A caller's `torch.no_grad()` or `torch.inference_mode()` does not matter. With `torch.distributed` initialised, scores are summed over the processes first, so that every one
     holds the same selection; give each its own part of the data.
 
     Args:
@@ -62,14 +63,17 @@ def select_blocks(
     Raises:
         TypeError: the dataloader is not iterable, or a batch is of an unknown kind.
         ValueError: no batch, a loss that is no finite scalar or does not depend on the targets, scores that are not
-            finite, a budget that cannot be met.
+            finite, a budget that cannot be met, a score by weights of packed weights, or weights that are on the meta
+            device or inference tensors.
         RuntimeError: the model refuses a batch; the message names it.
     """
     if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
         raise ValueError(f"num_batches must be a positive int, got {num_batches!r}")
-    targets = find_targets(base_of(model), config)
+    base = base_of(model)
+    targets = find_targets(base, config, over_adapters=True)
     if config.needs_data:
         _check_loader(dataloader, config)
+        _check_weights(base, targets)
         grids = {name: config.grid(target.shape) for name, target in targets.items()}
         taps = _make_taps(targets, grids, config, accumulator_device)
         seen = _warm_up(model, config, taps, dataloader, num_batches, loss_fn, progress)
@@ -158,14 +162,14 @@ def _run(base: nn.Module, batches: Iterable, taps: Taps, loss_fn: LossFunction |
     forward_only = isinstance(taps, ActivationTaps)
     for batch in batches:
         seen.add(batch)
-        with torch.no_grad() if forward_only else torch.enable_grad():
+        with torch.set_grad_enabled(not forward_only):
             output = _forward(base, _moved(batch, device), loss_fn, seen.batches)
-        if forward_only:
-            taps.close_batch()
-            continue
-        loss = _loss(output, batch, seen.batches, given=loss_fn is not None)
-        del output
-        taps.backward(loss)
+            if forward_only:
+                taps.close_batch()
+                continue
+            loss = _loss(output, batch, seen.batches, given=loss_fn is not None)
+            del output
+            taps.backward(loss)
 
 
 def _forward(base: nn.Module, batch: Any, loss_fn: LossFunction | None, number: int) -> Any:
@@ -237,6 +241,9 @@ def _make_taps(
             f"score={config.score!r} was read from a file and names a function that cannot be called any "
             "more; set score to the function itself or to a score's name"
         )
+    if config.score == "taylor" or callable(config.score):
+        for target in targets.values():
+            check_readable(target, config.score_name)
     scores = {
         name: GradientScore(name, target.weight, grids[name], config.score, accumulator_device)
         for name, target in targets.items()
@@ -263,7 +270,7 @@ def _check_reached(names: list[str], reached: set[str]) -> None:
         listed = ", ".join(missed[:5]) + (", ..." if len(missed) > 5 else "")
         warnings.warn(
             f"{len(missed)} of {len(names)} targeted modules were not reached in any batch and score 0: {listed}",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -292,6 +299,25 @@ def _check_loader(dataloader: Any, config: SMTConfig) -> None:
         )
 
 
+def _check_weights(base: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Raise `ValueError`, naming a weight, when no batch can pass through the model or no gradient come back."""
+    # Weights that Accelerate has offloaded are on the meta device between calls, too.
+    offloaded = any(hasattr(module, "_hf_hook") for module in base.modules())
+    weights = {f"{name}.weight": target.module.weight for name, target in targets.items()}
+    meta = [name for name, w in (weights if offloaded else dict(base.named_parameters()) | weights).items() if w.is_meta]
+    if meta:
+        raise ValueError(
+            f"{meta[0]} is on the meta device ({len(meta)} weights are), so no batch can be scored; load the weights "
+            "first (from_pretrained without offloading), or choose a score without data, such as 'diagonal'"
+        )
+    inference = next((name for name, parameter in base.named_parameters() if parameter.is_inference()), None)
+    if inference is not None:
+        raise ValueError(
+            f"{inference} was made under torch.inference_mode(), so no gradient passes through it; build or load the "
+            "model outside of it"
+        )
+
+
 def _length(dataloader: Any, num_batches: int) -> int:
     try:
         return min(num_batches, len(dataloader))
@@ -309,7 +335,8 @@ def _tensors(batch: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        # Autograd saves no inference tensor, but a copy of one.
+        return (batch.clone() if batch.is_inference() else batch).to(device)
     if isinstance(batch, Mapping):
         return {name: _moved(value, device) for name, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

@@ -17,6 +17,8 @@ from .schema import Run, RunConfig
 from .tell import tell
 
 RUN, METRICS, SELECTION = "run.yaml", "metrics.json", "selection.safetensors"
+# The numbers of a run that is trained and saved, until verification and comparison are through as well.
+UNFINISHED = "metrics_unfinished.json"
 REPORT, PICTURE = "report.md", "blocks.png"
 _FOREIGN = re.compile(r"checkpoint-\d+|adapter_.*|config\.json|.*\.(safetensors|bin|pt)")
 _RESUME = "resume_from_checkpoint"
@@ -59,7 +61,14 @@ def check_output_dir(run: Run) -> str | None:
             f"output_dir: {directory} holds this very run, finished; choose another output_dir, or "
             "delete that run to repeat it"
         )
-    if get_last_checkpoint(directory):
+    checkpoint = get_last_checkpoint(directory)
+    if (directory / UNFINISHED).exists():
+        again = f"; repeat them with {_RESUME}=true, or" if checkpoint else "; choose another output_dir, or"
+        raise ConfigError(
+            f"output_dir: {directory} holds this run, trained and saved, but its verification or comparison failed or "
+            f"was stopped ({UNFINISHED} has the numbers so far){again} delete that run to start anew"
+        )
+    if checkpoint:
         raise ConfigError(
             f"output_dir: {directory} holds this run, stopped half way; go on with "
             f"{_RESUME}=true, or delete it to start anew"
@@ -125,13 +134,27 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_run(run: Run) -> None:
-    """Save the resolved keys as a YAML that `smt train` reads."""
+    """Save the resolved keys as a YAML that `smt train` reads; a run resumed after its end is finished no longer."""
+    directory = Path(run.trainer.output_dir)
+    if (directory / METRICS).exists():
+        (directory / METRICS).replace(directory / UNFINISHED)
     settings = {key: value for key, value in run.resolved.items() if key != _RESUME}
-    write_text(Path(run.trainer.output_dir) / RUN, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_text(directory / RUN, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def write_metrics(directory: Path, metrics: Mapping[str, Any]) -> None:
-    write_text(directory / METRICS, json.dumps(metrics, indent=2) + "\n")
+def write_metrics(directory: Path, metrics: Mapping[str, Any], finished: bool) -> None:
+    """Save the numbers; it is `metrics.json`, written last of all files, that makes a run a finished one."""
+    write_text(directory / (METRICS if finished else UNFINISHED), json.dumps(metrics, indent=2) + "\n")
+    if finished:
+        (directory / UNFINISHED).unlink(missing_ok=True)
+
+
+def trained_seconds(directory: Path) -> float:
+    """How long the training of an unfinished run took; 0 where that is not known."""
+    try:
+        return float(json.loads((directory / UNFINISHED).read_text(encoding="utf-8"))["after"]["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def save_adapter(model, tokenizer, directory: Path) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from ..blocks import BlockSelection
@@ -64,7 +65,8 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
         The metrics, as written to `metrics.json`.
 
     Raises:
-        ConfigError: the output directory, the model, the data or the `smt:` block cannot be used.
+        ConfigError: the output directory, the model, the data or the `smt:` block cannot be used, or the model refuses
+            a batch that blocks are chosen on.
         VerificationError: what was saved is not what was trained.
     """
     clock = _Clock()
@@ -94,9 +96,10 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
     }
     if main:
         outputs.save_adapter(trainer.model, prepared.tokenizer, directory)
-        outputs.write_metrics(directory, metrics)
+        outputs.write_metrics(directory, metrics, finished=False)
         if run.config.verify:
             metrics["verified"] = _verify(run, prepared, trainer, directory)
+            outputs.write_metrics(directory, metrics, finished=False)
     del trainer
     if run.config.compare_lora:
         metrics["lora"] = compare_lora(run, prepared, selection)
@@ -156,10 +159,13 @@ def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
         return selection
     loader = prepared.trainer.get_train_dataloader()
     set_seed(run.trainer.seed)
-    with _blaming("smt"):
-        selection = select_blocks(
-            prepared.model, run.smt, loader, num_batches=run.warmup_batches, progress=not run.trainer.disable_tqdm
-        )
+    try:
+        with _blaming("smt"):
+            selection = select_blocks(
+                prepared.model, run.smt, loader, num_batches=run.warmup_batches, progress=not run.trainer.disable_tqdm
+            )
+    except RuntimeError as error:
+        raise ConfigError(f"choosing blocks on the training set: {error}") from error
     # Accelerate believes a loader that was left half way to be in use still.
     loader.end()
     return selection
@@ -186,13 +192,34 @@ def make_trainer(
 
 
 def fit(run: Run, trainer: SFTTrainer, checkpoint: str | None = None) -> float:
-    """Train; returns the seconds it took."""
+    """Train; returns the seconds it took. From a checkpoint of the last step there is nothing left to train."""
+    if checkpoint is not None and _is_last(run, state := _state_of(checkpoint)):
+        # The trainer itself would make one step more.
+        set_peft_model_state_dict(trainer.model, load_peft_weights(checkpoint, device=str(trainer.args.device)))
+        trainer.state.log_history = state.log_history
+        tell(f"{checkpoint} is the end of the training; its weights are taken as they are")
+        return outputs.trained_seconds(Path(run.trainer.output_dir))
     # Again, so that neither the warm-up nor an evaluation before the training changes the order of its rows: a resumed
     # run and one with a selection file draw the same.
     set_seed(run.trainer.seed)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     return round(time.perf_counter() - start, 1)
+
+
+def _state_of(checkpoint: str) -> TrainerState:
+    try:
+        return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"resume_from_checkpoint: {checkpoint} has no readable {TRAINER_STATE_NAME} ({error}); name another checkpoint"
+        ) from error
+
+
+def _is_last(run: Run, state: TrainerState) -> bool:
+    if run.trainer.max_steps > 0:
+        return state.global_step >= run.trainer.max_steps
+    return state.epoch is not None and state.epoch >= run.trainer.num_train_epochs
 
 
 def measure(run: Run, prepared: Prepared, trainer: SFTTrainer, label: str) -> dict[str, float]:
@@ -252,10 +279,10 @@ def _verify(run: Run, prepared: Prepared, trainer: SFTTrainer, directory: Path) 
 
 
 def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any]) -> None:
-    outputs.write_metrics(directory, metrics)
     text = report(metrics, selection)
     outputs.write_text(directory / outputs.REPORT, text)
     draw_selection(selection, directory / outputs.PICTURE)
+    outputs.write_metrics(directory, metrics, finished=True)
     tell("\n" + text)
     tell(
         f"saved in {directory}: adapter, {outputs.SELECTION}, {outputs.RUN}, {outputs.METRICS}, {outputs.REPORT}, "

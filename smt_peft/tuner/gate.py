@@ -60,6 +60,21 @@ def why_not_swap(weight: Tensor) -> str | None:
     return None
 
 
+def why_not_merged(base: nn.Module) -> str | None:
+    """Why a delta must not be written into the weight for good: the layer would not compute `base + delta` then."""
+    weight = base.weight
+    if hasattr(base, "parametrizations"):
+        return "the weight is parametrized, so it is computed anew at every use"
+    if type(base).forward not in (nn.Linear.forward, Conv1D.forward):
+        return f"the base layer is a {type(base).__name__} with a forward of its own"
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        return f"the weight is stored as {weight.dtype}"
+    shape = (base.nx, base.nf) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
+    if tuple(weight.shape) != shape:
+        return f"the weight is stored as {tuple(weight.shape)}, not {shape}"
+    return None
+
+
 def is_traced() -> bool:
     """Whether autograd Functions with side effects are out: under a compiler, a tracer or a `torch.func` transform."""
     return (

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import ops
 from ..blocks import BlockGrid, BlockLayout
 from ..config import SMTConfig
-from .gate import is_traced, why_not_fused, why_not_swap
+from .gate import is_traced, why_not_fused, why_not_merged, why_not_swap
 
 
 class SMTBlocks(nn.Module):
@@ -29,8 +29,6 @@ class SMTBlocks(nn.Module):
         self.grid = grid
         self.weight = nn.Parameter(torch.zeros(num_blocks, *grid.block_shape))
         self.register_buffer("index", torch.zeros(num_blocks, 2, dtype=torch.int32))
-        # False once the blocks were used or loaded: an adapter whose loading failed may be dropped only before that.
-        self.untouched = True
         self._layout: tuple[tuple, BlockLayout] | None = None
 
     def layout(self) -> BlockLayout:
@@ -42,11 +40,16 @@ class SMTBlocks(nn.Module):
         if self._layout is not None and torch.compiler.is_compiling():
             # The index is a symbol there, whose values cannot be checked; loading another drops this layout.
             return self._layout[1]
-        self.untouched = False
-        key = (id(self.index), self.index._version, self.index.device)
+        version = 0 if self.index.is_inference() else self.index._version
+        key = (id(self.index), version, self.index.device)
         if self._layout is None or self._layout[0] != key:
             self.grid.check_blocks(self.index, self.name)
-            self._layout = (key, BlockLayout(self.grid, self.index.detach().clone()))
+            # Not every road into a model passes `check_loaded`; here they all meet, once per index.
+            if type(self.weight) is nn.Parameter:
+                self._check_finite(self.weight)
+            with torch.inference_mode(False):
+                index = self.index.detach().clone()
+            self._layout = (key, BlockLayout(self.grid, index).prepare())
         return self._layout[1]
 
     def padding(self) -> int:
@@ -72,13 +75,18 @@ class SMTBlocks(nn.Module):
         self.grid.check_blocks(index, self.name)
         if not weight.is_floating_point():
             raise ValueError(f"{self.name}: smt_blocks.weight is {weight.dtype}, not a float type; {repair}")
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{self.name}: smt_blocks.weight holds NaN or infinity; {repair}")
+        self._check_finite(weight)
+
+    def _check_finite(self, weight: Tensor) -> None:
+        if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
+            raise ValueError(
+                f"{self.name}: smt_blocks.weight holds NaN or infinity; restore the adapter, or train it "
+                "anew with a lower learning rate"
+            )
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + "index" in state_dict:
-            self.untouched = False
             self._layout = None
 
     def __getstate__(self):
@@ -102,10 +110,14 @@ class SMTLayer(BaseTunerLayer):
         self.smt_forward: dict[str, str] = {}
         self._disable_adapters = False
         self.merged_adapters = []
-        # Per merged adapter the blocks of the weight as they were, so that unmerging restores them bit for bit.
-        self._originals: dict[str, Tensor] = {}
+        # Per merged adapter the blocks of the weight as they were and where, so that unmerging restores them bit for
+        # bit, whatever has been loaded into the adapter since.
+        self._originals: dict[str, tuple[BlockLayout, Tensor]] = {}
         self._told: str | None = None
-        self.out_features, self.in_features = self.weight_view().shape
+        base = self.get_base_layer()
+        is_conv1d = isinstance(base, Conv1D)
+        self.out_features = base.nf if is_conv1d else base.out_features
+        self.in_features = base.nx if is_conv1d else base.in_features
 
     def weight_view(self) -> Tensor:
         """The base weight as an `(out_features, in_features)` view."""
@@ -127,19 +139,21 @@ class SMTLayer(BaseTunerLayer):
                 f"{self.smt_name}: forward='overlay' serves quantised base layers and this one is a plain "
                 f"{type(self.get_base_layer()).__name__}; use forward='auto'"
             )
-        weight = self.get_base_layer().weight
         blocks = SMTBlocks(self.smt_name, grid, num_blocks)
-        if not blocks.weight.is_meta:
-            with torch.no_grad():
+        with torch.no_grad():
+            if not blocks.index.is_meta:
                 blocks.index.copy_(index)
-                if not config.init_weights:
-                    # As large as the weights themselves, so that tests see the delta act.
-                    mask = BlockLayout(grid, blocks.index).padding_mask() if grid.is_ragged else 1
-                    blocks.weight.normal_(std=0.02).mul_(mask)
+            if not config.init_weights and not blocks.weight.is_meta:
+                # As large as the weights themselves, so that tests see the delta act.
+                mask = BlockLayout(grid, blocks.index).padding_mask() if grid.is_ragged else 1
+                blocks.weight.normal_(std=0.02).mul_(mask)
         self.smt_blocks[adapter_name] = blocks
         self.smt_forward[adapter_name] = config.forward
-        if not weight.is_meta:
+        if not self.get_base_layer().weight.is_meta:
             self._move_adapter_to_device_of_base_layer(adapter_name)
+        if not blocks.index.is_meta:
+            # Made now, so that a compiler or tracer finds it made.
+            self.smt_blocks[adapter_name].layout()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -159,24 +173,41 @@ class SMTLayer(BaseTunerLayer):
             ValueError: `safe_merge` is set and a merged block is not finite; nothing has been written then.
         """
         adapter_names = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.smt_blocks]
+        if adapter_names and (reason := why_not_merged(self.get_base_layer())):
+            raise ValueError(
+                f"{self.smt_name}: the blocks cannot be merged, because {reason}; use the adapter unmerged"
+            )
+        self.heal()
         weight = self.weight_view().data
-        ops.heal(self.get_base_layer().weight)
         done: list[str] = []
         for adapter in adapter_names:
             blocks = self.smt_blocks[adapter]
-            original = ops.block_gather(weight, blocks.layout())
-            merged = ops.add_rounded(original, blocks.weight.detach())
+            original, merged = self._merged_blocks(adapter)
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 for earlier in reversed(done):
                     self._unmerge_one(earlier)
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken "
-                    f"(layer {self.smt_name}); the base weight was left as it was"
-                )
+                raise ValueError(self._not_finite(adapter))
             ops.block_scatter_(weight, merged, blocks.layout())
-            self._originals[adapter] = original
+            self._originals[adapter] = blocks.layout(), original
             self.merged_adapters.append(adapter)
             done.append(adapter)
+
+    def check_finite_merge(self, adapter_names: list[str] | None) -> None:
+        """Raise `ValueError` if merging would write a value that is not finite; nothing is written."""
+        for adapter in self.active_adapters if adapter_names is None else adapter_names:
+            if adapter in self.smt_blocks and not bool(torch.isfinite(self._merged_blocks(adapter)[1]).all()):
+                raise ValueError(self._not_finite(adapter))
+
+    def _merged_blocks(self, adapter: str) -> tuple[Tensor, Tensor]:
+        blocks = self.smt_blocks[adapter]
+        original = ops.block_gather(self.weight_view().data, blocks.layout())
+        return original, ops.add_rounded(original, blocks.weight.detach())
+
+    def _not_finite(self, adapter: str) -> str:
+        return (
+            f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer {self.smt_name}); "
+            "the base weights were left as they were"
+        )
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
@@ -185,9 +216,15 @@ class SMTLayer(BaseTunerLayer):
 
     def _unmerge_one(self, adapter: str) -> None:
         weight = self.weight_view().data
-        original = self._originals.pop(adapter)
-        ops.block_scatter_(weight, original.to(weight.device), self.smt_blocks[adapter].layout())
+        layout, original = self._originals.pop(adapter)
+        if layout.blocks.device != weight.device:
+            layout = BlockLayout(layout.grid, layout.blocks.to(weight.device))
+        ops.block_scatter_(weight, original.to(weight.device), layout)
         self.merged_adapters.remove(adapter)
+
+    def heal(self) -> None:
+        """Put the base back if an interrupt cut a swap off; see `ops.swap`."""
+        ops.heal(self.get_base_layer().weight)
 
 
 class Linear(nn.Module, SMTLayer):
@@ -198,7 +235,7 @@ class Linear(nn.Module, SMTLayer):
         SMTLayer.__init__(self, base_layer, name, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        ops.heal(self.get_base_layer().weight)
+        self.heal()
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters:
@@ -215,7 +252,8 @@ class Linear(nn.Module, SMTLayer):
         return self._chosen_forward(x, active)
 
     def _chosen_forward(self, x: Tensor, active: list[str]) -> Tensor:
-        wanted = self.smt_forward[active[0]]
+        forwards = {self.smt_forward[name] for name in active}
+        wanted = "swap" if "swap" in forwards else self.smt_forward[active[0]]
         unfused = self._why_not_fused(x, active)
         unswapped = unfused or why_not_swap(self.get_base_layer().weight)
         if wanted == "swap" and unswapped:
@@ -246,6 +284,18 @@ class Linear(nn.Module, SMTLayer):
             blocks = self.smt_blocks[name]
             y = add(y, x, blocks.weight, blocks.layout())
         return y
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self.heal()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.heal()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Linear:
+        self.heal()
+        return super()._apply(*args, **kwargs)
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):

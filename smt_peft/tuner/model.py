@@ -11,6 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..config import SMTConfig
+from ..say import say
 from ..targets import DEFAULT_TARGETS
 from .layer import Linear, SMTBlocks, SMTLayer
 from .plan import Plan, check_base, make_plan
@@ -33,13 +34,37 @@ class SMTModel(BaseTuner):
     prefix = "smt_"
     tuner_layer_cls = SMTLayer
     target_module_mapping = DEFAULT_TARGETS
+    # `requires_grad` of the parameters before the adapter that is being loaded was put in.
+    _before_loading: dict[str, bool] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model, or leave the model as it was.
+
+        What is settled for this model goes into a copy of the config, so that the caller's can be used again.
+        """
+        config = self.peft_config[adapter_name] = self.peft_config[adapter_name].copy()
+        before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            take_out(model, adapter_name, before)
+            raise
+        config.plan = config.selection = None
+        if config.awaits_weights:
+            self._before_loading = before
+        padding = sum(blocks.padding() for blocks in _blocks_of(model, adapter_name).values())
+        if padding:
+            say(
+                f"{padding:,} stored entries are padding of blocks at ragged edges: they stay zero and are no "
+                "parameters, though print_trainable_parameters counts them"
+            )
 
     def _prepare_model(self, peft_config: SMTConfig, model: nn.Module) -> None:
-        """Settle every block before the first layer is touched, so that an error leaves the model as it was."""
+        """Settle every block before the first layer is touched."""
         plan = make_plan(model, peft_config)
         peft_config.block_pattern = plan.block_pattern()
         peft_config.base_fingerprint = plan.base_fingerprint
-        peft_config.attach_plan(plan)
+        peft_config.plan = plan
 
     @staticmethod
     def _check_target_module_exists(peft_config: SMTConfig, key: str) -> Any:
@@ -47,9 +72,7 @@ class SMTModel(BaseTuner):
         matched = BaseTuner._check_target_module_exists(peft_config, key)
         if not matched or not peft_config.block_pattern:
             return matched
-        return key in peft_config.block_pattern or any(
-            name.endswith("." + key) or key.endswith("." + name) for name in peft_config.block_pattern
-        )
+        return key in peft_config.block_pattern
 
     def _create_and_replace(
         self,
@@ -64,16 +87,41 @@ class SMTModel(BaseTuner):
         plan: Plan = peft_config.plan
         grid, num_blocks, index = plan.entry(current_key)
         inference_mode = getattr(peft_config, "inference_mode", False)
-        if isinstance(target, SMTLayer):
-            target.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
-            return
-        layer = Linear(target, current_key)
-        layer.set_adapter(self.active_adapters)
+        layer = target if isinstance(target, SMTLayer) else Linear(target, current_key)
+        if layer is not target:
+            layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
-        if adapter_name not in self.active_adapters:
-            # Adding an adapter that is not the active one must not make it train.
-            layer.requires_grad_(False)
+        if layer is target:
+            return
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # In evaluation its fused path would read the weight past the adapter; any hook switches that path off.
+            layer.register_forward_pre_hook(_no_fused_path)
         self._replace_module(parent, target_name, layer, target)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        layers = _layers_of(self.model)
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
+        for layer in layers:
+            layer.heal()
+            if not merge and layer.merged:
+                layer.unmerge()
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Look at every layer before the first is written."""
+        for layer in _layers_of(self.model) if safe_merge else ():
+            layer.check_finite_merge(adapter_names)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -113,30 +161,23 @@ class SMTModel(BaseTuner):
                 was being added is taken out again.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        blocks = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, SMTBlocks) and name.endswith(f".smt_blocks.{adapter_name}")
-        }
-        weights = {name: remapped.get(f"{name}.weight") for name in blocks}
+        blocks = _blocks_of(model, adapter_name)
         try:
-            for name, module in blocks.items():
-                module.check_loaded(weights[name], remapped.get(f"{name}.index"))
+            _check_file(remapped, blocks)
             # An adapter that was never trained does no harm on any base.
-            if any(bool(weight.any()) for weight in weights.values()):
+            if any(bool(remapped[f"{name}.weight"].any()) for name in blocks):
                 check_base(
-                    config,
-                    {
-                        layer.smt_name: layer.weight_view()
-                        for layer in model.modules()
-                        if isinstance(layer, SMTLayer) and not layer.merged
-                    },
+                    config, {layer.smt_name: layer.weight_view() for layer in _layers_of(model) if not layer.merged}
                 )
         except ValueError:
-            added_just_now = all(module.untouched for module in blocks.values())
-            if added_just_now and len(model.peft_config) > 1 and hasattr(model, "delete_adapter"):
-                model.delete_adapter(adapter_name)
+            tuner = getattr(model, "base_model", None)
+            if config.awaits_weights and isinstance(tuner, SMTModel):
+                take_out(tuner.model, adapter_name, tuner._before_loading)
+                model.peft_config.pop(adapter_name)
+                if not model.peft_config:
+                    del tuner.model.peft_config
             raise
+        config.awaits_weights = False
         return remapped
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -148,3 +189,50 @@ class SMTModel(BaseTuner):
         )
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return trainable - padding, sum(p.numel() for p in self.model.parameters()) - padding
+
+
+def take_out(model: nn.Module, adapter_name: str, requires_grad: dict[str, bool]) -> None:
+    """Undo the injection of an adapter: its layers, its wrappers, and the flags of the parameters that were there."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SMTLayer):
+            module.delete_adapter(adapter_name)
+            wrapped, left = module.base_layer, module.smt_blocks
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module.delete_adapter(adapter_name, [other for other in module.active_adapters if other != adapter_name])
+            wrapped, left = module.original_module, module._adapters
+        else:
+            continue
+        if not left:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, wrapped)
+    for name, parameter in model.named_parameters():
+        if name in requires_grad:
+            parameter.requires_grad_(requires_grad[name])
+
+
+def _layers_of(model: nn.Module) -> list[SMTLayer]:
+    return [module for module in model.modules() if isinstance(module, SMTLayer)]
+
+
+def _blocks_of(model: nn.Module, adapter_name: str) -> dict[str, SMTBlocks]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SMTBlocks) and name.endswith(f"smt_blocks.{adapter_name}")
+    }
+
+
+def _check_file(tensors: dict[str, Tensor], blocks: dict[str, SMTBlocks]) -> None:
+    for name, module in blocks.items():
+        module.check_loaded(tensors.get(f"{name}.weight"), tensors.get(f"{name}.index"))
+    known = {f"{name}.{part}" for name in blocks for part in ("weight", "index")}
+    if extra := [key for key in tensors if ".smt_blocks." in key and key not in known]:
+        raise ValueError(
+            f"{extra[0].split('.smt_blocks.')[0]}: the adapter file has blocks for this module, but block_pattern in "
+            "adapter_config.json does not name it, or the model has no such target; restore the config, or load the "
+            "adapter on its own base"
+        )
+
+
+def _no_fused_path(module: nn.Module, args: tuple) -> None:
+    """Does nothing; see `_create_and_replace`."""

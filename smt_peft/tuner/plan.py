@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -36,6 +35,11 @@ class Plan:
 
     def entry(self, name: str) -> tuple[BlockGrid, int, Tensor]:
         """Grid, number of blocks and positions for a module."""
+        if name not in self.selection.blocks:
+            raise ValueError(
+                f"{name}: the state dict has blocks for this module, but the config does not target it; use the config "
+                "that was saved with them"
+            )
         blocks = self.selection.blocks[name]
         return self.selection.grids[name], len(blocks), blocks
 
@@ -66,9 +70,10 @@ def make_plan(model: nn.Module, config: SMTConfig) -> Plan:
                 f"no selection given: blocks are drawn at random (seed {config.seed}); select_blocks(model, config, "
                 f"dataloader) would choose them by {config.score_name}"
             )
-    kept = config.base_fingerprint if config.block_pattern and config.base_fingerprint else None
+    if config.selection is None and config.block_pattern and config.base_fingerprint:
+        return Plan(selection, config.base_fingerprint)
     chosen = {name: weight for name, weight in bases.items() if name in selection.blocks}
-    return Plan(selection, kept or fingerprint(chosen))
+    return Plan(selection, fingerprint(chosen))
 
 
 def check_selection(selection: BlockSelection, targets: dict[str, Target], bases: dict[str, Tensor]) -> None:
@@ -81,6 +86,7 @@ def check_selection(selection: BlockSelection, targets: dict[str, Target], bases
                 f"target_modules, or {repair}"
             )
         grid = selection.grids[name]
+        grid.check_blocks(selection.blocks[name], name)
         if grid.shape != targets[name].shape:
             raise ValueError(
                 f"{name}: the selection is for a {grid.rows} x {grid.cols} weight, this model's is "
@@ -116,25 +122,21 @@ def _from_pattern(targets: dict[str, Target], config: SMTConfig) -> BlockSelecti
     for pattern, (num_blocks, rows, cols) in config.block_pattern.items():
         name = _find(pattern, targets)
         grid = BlockGrid(*targets[name].shape, rows, cols)
-        if num_blocks > grid.num_blocks:
+        if name in grids or num_blocks > grid.num_blocks or rows > grid.rows or cols > grid.cols:
             raise ValueError(
-                f"{name}: block_pattern asks for {num_blocks} blocks of {rows} x {cols}, but the "
-                f"{grid.rows} x {grid.cols} weight has only {grid.num_blocks}; the adapter belongs to "
-                "another model, load it on its own base"
+                f"{name}: block_pattern asks for {num_blocks} blocks of {rows} x {cols}, which a {grid.rows} x "
+                f"{grid.cols} weight does not have, or names the module twice; the adapter belongs to another model, "
+                "load it on its own base"
             )
         grids[name], counts[name] = grid, num_blocks
     return select_without_data(targets, config, counts=counts, grids=grids)
 
 
 def _find(pattern: str, targets: dict[str, Target]) -> str:
-    """The target a key of `block_pattern` names: exactly, or up to a prefix, as PEFT's own patterns match."""
+    """The target a key of `block_pattern` names: exactly, or up to a prefix, such as a head model adds."""
     if pattern in targets:
         return pattern
-    found = [
-        name
-        for name in targets
-        if name.endswith("." + pattern) or pattern.endswith("." + name) or re.fullmatch(pattern, name)
-    ]
+    found = [name for name in targets if name.endswith("." + pattern) or pattern.endswith("." + name)]
     if len(found) == 1:
         return found[0]
     problem = "no target module" if not found else f"several target modules ({', '.join(found)})"

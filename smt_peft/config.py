@@ -119,10 +119,12 @@ class SMTConfig(PeftConfig):
     seed: int = 0
     base_fingerprint: dict[str, list[float]] | None = None
 
-    # Not fields, so neither saved nor compared. The settled blocks, while an adapter is being injected
-    # (`tuner.plan.Plan`); and whether the config was read from a file whose weights have not been loaded yet.
+    # Not fields, so neither saved nor compared: the settled blocks while an adapter is being injected
+    # (`tuner.plan.Plan`); whether the config was read from a file whose weights have not been loaded yet; and what
+    # using the config filled in, `{field: (as given, as filled in)}`.
     plan = None
     awaits_weights = False
+    filled_in = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -175,6 +177,19 @@ class SMTConfig(PeftConfig):
     def copy(self) -> SMTConfig:
         """A shallow copy that shares the selection."""
         return copy.copy(self)
+
+    def fill_in(self, **values: Any) -> None:
+        """Set fields that follow from the model, remembering what the caller gave."""
+        self.filled_in = {name: (getattr(self, name), value) for name, value in values.items()}
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def reopen(self) -> None:
+        """Before another use: take back what the last one filled in, unless it has been changed since."""
+        for name, (given, filled) in (self.filled_in or {}).items():
+            if getattr(self, name) == filled:
+                setattr(self, name, given)
+        self.filled_in = None
 
     @property
     def score_name(self) -> str:

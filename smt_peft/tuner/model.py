@@ -11,6 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..config import SMTConfig
+from ..fingerprint import fingerprint
 from ..say import say
 from ..targets import DEFAULT_TARGETS
 from .layer import Linear, SMTBlocks, SMTLayer
@@ -38,18 +39,22 @@ class SMTModel(BaseTuner):
     _before_loading: dict[str, bool] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model, or leave the model as it was.
-
-        What is settled for this model goes into a copy of the config, so that the caller's can be used again.
-        """
-        config = self.peft_config[adapter_name] = self.peft_config[adapter_name].copy()
+        """Put an adapter into the model, or leave model and config as they were."""
+        config = self.peft_config[adapter_name]
+        config.reopen()
+        targets = config.target_modules
         before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             take_out(model, adapter_name, before)
+            config.reopen()
+            config.target_modules = targets
             raise
-        config.plan = config.selection = None
+        finally:
+            config.plan = None
+        # PEFT has resolved "all-linear" into names by now.
+        config.filled_in["target_modules"] = targets, config.target_modules
         if config.awaits_weights:
             self._before_loading = before
         padding = sum(blocks.padding() for blocks in _blocks_of(model, adapter_name).values())
@@ -62,8 +67,7 @@ class SMTModel(BaseTuner):
     def _prepare_model(self, peft_config: SMTConfig, model: nn.Module) -> None:
         """Settle every block before the first layer is touched."""
         plan = make_plan(model, peft_config)
-        peft_config.block_pattern = plan.block_pattern()
-        peft_config.base_fingerprint = plan.base_fingerprint
+        peft_config.fill_in(block_pattern=plan.block_pattern(), base_fingerprint=plan.base_fingerprint)
         peft_config.plan = plan
 
     @staticmethod
@@ -149,6 +153,23 @@ class SMTModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SMTConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Tensors to save; the config saved beside them is brought in line, as it may serve several models."""
+        layers = {layer.smt_name: layer for layer in _layers_of(model) if adapter_name in layer.smt_blocks}
+        blocks = {name: layer.smt_blocks[adapter_name] for name, layer in layers.items()}
+        config.block_pattern = {name: list(module.weight.shape) for name, module in blocks.items()}
+        if not any(layer.merged for layer in layers.values()):
+            config.base_fingerprint = fingerprint({name: layer.weight_view() for name, layer in layers.items()})
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

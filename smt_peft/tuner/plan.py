@@ -61,7 +61,7 @@ def make_plan(model: nn.Module, config: SMTConfig) -> Plan:
         check_selection(selection, targets, bases)
     elif config.block_pattern:
         selection = _from_pattern(targets, config)
-        if config.base_model_name_or_path:
+        if config.awaits_weights and config.base_model_name_or_path:
             check_base(config, bases)
     else:
         selection = select_without_data(targets, config)
@@ -70,7 +70,7 @@ def make_plan(model: nn.Module, config: SMTConfig) -> Plan:
                 f"no selection given: blocks are drawn at random (seed {config.seed}); select_blocks(model, config, "
                 f"dataloader) would choose them by {config.score_name}"
             )
-    if config.selection is None and config.block_pattern and config.base_fingerprint:
+    if config.awaits_weights and config.base_fingerprint:
         return Plan(selection, config.base_fingerprint)
     chosen = {name: weight for name, weight in bases.items() if name in selection.blocks}
     return Plan(selection, fingerprint(chosen))

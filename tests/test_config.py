@@ -8,11 +8,9 @@ import sys
 
 import pytest
 import torch
-from helpers import Mlp
 from peft import PeftConfig, get_peft_model
 
 from smt_peft import SMTConfig
-from smt_peft.targets import find_targets
 
 REFUSED = {
     "density zero": ({"density": 0}, "density must be above 0"),
@@ -99,30 +97,6 @@ def test_a_callable_score_is_saved_by_name_and_the_adapter_still_loads(tmp_path)
 def test_defaults_work_on_a_small_layer():
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(20, 10)), SMTConfig(target_modules=["0"]))
     model(torch.randn(3, 20)).sum().backward()
-
-
-class TestTargets:
-    def test_names_regex_exclusion(self):
-        model = Mlp()
-        assert list(find_targets(model, SMTConfig(target_modules=["up"]))) == ["up"]
-        assert list(find_targets(model, SMTConfig(target_modules="u.|down"))) == ["up", "down"]
-        assert list(find_targets(model, SMTConfig(exclude_modules=["up"]))) == ["down"]
-        assert list(find_targets(model, SMTConfig(modules_to_save=["down"]))) == ["up"]
-
-    def test_nothing_matches(self):
-        with pytest.raises(ValueError, match=r"'q_proj'.*not found.*named \['down', 'up'\]"):
-            find_targets(Mlp(), SMTConfig(target_modules=["q_proj"]))
-
-    def test_a_target_of_another_kind(self):
-        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-        with pytest.raises(ValueError, match="Target module 1 is a LayerNorm.*exclude_modules"):
-            get_peft_model(model, SMTConfig(target_modules=["0", "1"]))
-        assert isinstance(model[0], torch.nn.Linear)
-
-    def test_the_config_of_the_caller_is_left_alone(self):
-        config = SMTConfig()
-        find_targets(Mlp(), config)
-        assert config.target_modules == "all-linear"
 
 
 class TestRegistration:

@@ -17,7 +17,7 @@ ALLOWED = {
     "_register": {"config", "tuner"},
     "config": {"blocks"},
     "ops": {"blocks"},
-    "targets": {"config"},
+    "targets": {"config", "say"},
     "selection": {"blocks", "config", "fingerprint", "ops", "say", "targets"},
     "tuner": {"blocks", "config", "fingerprint", "ops", "say", "selection", "targets"},
     "export": {"blocks", "config", "ops", "say", "tuner"},

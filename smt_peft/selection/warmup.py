@@ -46,8 +46,9 @@ def select_blocks(
 
     Forward and backward run on the frozen base model in evaluation mode. Weights, gradients, modes, hooks, random state
     and the config are left as they were, also when something raises. At any time one module's dense weight gradient
-    exists at most. A caller's `torch.no_grad()` or `torch.inference_mode()` does not matter. With `torch.distributed` initialised, scores are summed over the processes first, so that every one
-    holds the same selection; give each its own part of the data.
+    exists at most. It may be called under `torch.no_grad()` and `torch.inference_mode()`. With `torch.distributed`
+    initialised, scores are summed over the processes first, so that every one holds the same selection; give each its
+    own part of the data.
 
     Args:
         model: any model whose targets are `nn.Linear` or `Conv1D`; of a `PeftModel`, the base is scored, adapters off.
@@ -303,8 +304,9 @@ def _check_weights(base: nn.Module, targets: Mapping[str, Target]) -> None:
     """Raise `ValueError`, naming a weight, when no batch can pass through the model or no gradient come back."""
     # Weights that Accelerate has offloaded are on the meta device between calls, too.
     offloaded = any(hasattr(module, "_hf_hook") for module in base.modules())
-    weights = {f"{name}.weight": target.module.weight for name, target in targets.items()}
-    meta = [name for name, w in (weights if offloaded else dict(base.named_parameters()) | weights).items() if w.is_meta]
+    weights = {} if offloaded else dict(base.named_parameters())
+    weights |= {f"{name}.weight": target.module.weight for name, target in targets.items()}
+    meta = [name for name, weight in weights.items() if weight.is_meta]
     if meta:
         raise ValueError(
             f"{meta[0]} is on the meta device ({len(meta)} weights are), so no batch can be scored; load the weights "

@@ -65,8 +65,7 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
         The metrics, as written to `metrics.json`.
 
     Raises:
-        ConfigError: the output directory, the model, the data or the `smt:` block cannot be used, or the model refuses
-            a batch that blocks are chosen on.
+        ConfigError: the output directory, the model, the data or the `smt:` block cannot be used.
         VerificationError: what was saved is not what was trained.
     """
     clock = _Clock()
@@ -212,7 +211,8 @@ def _state_of(checkpoint: str) -> TrainerState:
         return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"resume_from_checkpoint: {checkpoint} has no readable {TRAINER_STATE_NAME} ({error}); name another checkpoint"
+            f"resume_from_checkpoint: {checkpoint} has no readable {TRAINER_STATE_NAME} ({error}); name another "
+            "checkpoint"
         ) from error
 
 

@@ -102,6 +102,14 @@ class SMTModel(BaseTuner):
             layer.register_forward_pre_hook(_no_fused_path)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # Unloading: the module goes back as it is. PEFT would copy the wrapper's weight into it, which is no
+            # Parameter where token rows are trained.
+            setattr(parent, child_name, new_module)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge(safe_merge, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)

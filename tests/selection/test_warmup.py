@@ -370,8 +370,9 @@ def test_gradients_are_those_of_the_linear_itself():
 
 def test_unreached_targets_score_zero_and_are_named():
     model = Twice()
-    with pytest.warns(UserWarning, match="1 of 3 targeted modules .* score 0: spare"):
+    with pytest.warns(UserWarning, match="1 of 3 targeted modules .* score 0: spare") as caught:
         selection = select(model, [(torch.randn(4, 12),)], target_modules=["first", "shared", "spare"], block_size=4)
+    assert caught[0].filename == __file__
     assert not selection.scores["spare"].any()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
-from runs import ROOT, smt
+from runs import ROOT, smt, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from smt_peft import cli
+from smt_peft.training.errors import ConfigError
 
 
 def test_help_loads_no_torch_and_names_the_verbs():
@@ -32,6 +34,18 @@ def test_an_error_in_the_yaml_ends_with_status_2_and_no_traceback(workshop):
     assert process.returncode == 2
     assert "did you mean 'learning_rate'?" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_a_batch_that_the_model_refuses_is_told_without_a_traceback(workshop, capsys):
+    rows = [{"input_ids": [1, 2, 9999], "labels": [1, 2, 9999]}] * 8
+    data = write_jsonl(workshop.directory / "beyond.jsonl", rows)
+    path = workshop.write("beyond", dataset_path=str(data), eval_dataset_path=None)
+    assert cli.main(["select", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "batch 1: the model refused it (IndexError: index out of range" in error
+    with pytest.raises(ConfigError, match="index out of range") as caught:
+        cli.main(["select", "--traceback", str(path)])
+    assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 def test_merge_writes_the_model_that_was_evaluated(finished, workshop, tmp_path, capsys):

@@ -38,6 +38,7 @@ def test_a_run_saves_everything_and_verifies_it(finished):
     }
     assert names <= {path.name for path in finished.directory.iterdir()}
     assert not list(finished.directory.glob("*.part"))
+    assert not (finished.directory / outputs.UNFINISHED).exists()
     lines = [line for line in finished.process.stdout.splitlines() if line.startswith("verified")]
     assert len(lines) == 4
     metrics = json.loads((finished.directory / outputs.METRICS).read_text())
@@ -127,6 +128,53 @@ def test_a_resumed_run_has_the_losses_of_one_that_never_stopped(workshop):
     assert (directory / outputs.SELECTION).read_bytes() == chosen
     again = load_file(directory / "adapter_model.safetensors")
     assert all(torch.equal(again[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("failing", ["verify_saved", "compare_lora"])
+def test_a_run_is_finished_only_when_verified_and_compared(workshop, monkeypatch, failing):
+    """One whose comparison is killed keeps its numbers, is not taken for finished, and can be brought to its end."""
+    path = workshop.write(
+        f"failed_{failing}", max_steps=2, verify=True, compare_lora=True, save_strategy="steps", save_steps=1
+    )
+    directory = workshop.directory / f"failed_{failing}"
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"smt_peft.training.run.{failing}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(load_run(path))
+    assert not (directory / outputs.METRICS).exists()
+    numbers = json.loads((directory / outputs.UNFINISHED).read_text())
+    assert numbers["after"]["eval_loss"] > 0 and ("verified" in numbers) == (failing == "compare_lora")
+    with pytest.raises(ConfigError, match="trained and saved, but its verification.*resume_from_checkpoint=true"):
+        train(load_run(path))
+    weights = load_file(directory / "adapter_model.safetensors")
+
+    metrics = train(load_run(path, ["resume_from_checkpoint=true"]))
+
+    again = load_file(directory / "adapter_model.safetensors")
+    assert all(torch.equal(again[key], weights[key]) for key in weights)
+    assert metrics["after"] == numbers["after"] and losses(metrics) == losses(numbers)
+    assert metrics["verified"] and metrics["lora"]
+    assert json.loads((directory / outputs.METRICS).read_text()) == metrics
+    assert not (directory / outputs.UNFINISHED).exists() and not (directory / "checkpoint-3").exists()
+    with pytest.raises(ConfigError, match="this very run, finished"):
+        train(load_run(path))
+
+
+def test_a_finished_run_that_goes_on_is_finished_no_longer(workshop, monkeypatch):
+    path = workshop.write("longer", max_steps=2, save_strategy="steps", save_steps=1)
+    train(load_run(path))
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("smt_peft.training.run.fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(load_run(path, ["resume_from_checkpoint=true", "max_steps=4"]))
+    assert not (workshop.directory / "longer" / outputs.METRICS).exists()
 
 
 def test_resuming_without_a_checkpoint_is_an_error(workshop):

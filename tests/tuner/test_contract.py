@@ -300,6 +300,21 @@ class TestTheBaseIsGivenBack:
             if "base_layer" in name:
                 assert torch.equal(tensor, before[name]), name
 
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_trained_token_rows_merge_and_unload(self, tied):
+        base = tiny_llama(tied=tied)
+        before = copy.deepcopy(base.state_dict())
+        model = get_peft_model(base, SMTConfig(**SETTINGS, trainable_token_indices=[1, 5])).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "trainable_tokens_delta" in name:
+                    parameter.add_(0.5)
+            tuned = model(**batch()).logits
+            merged = copy.deepcopy(model).merge_and_unload()
+            assert torch.allclose(merged(**batch()).logits, tuned, atol=1e-5)
+        unloaded = model.unload().state_dict()
+        assert all(torch.equal(unloaded[name], tensor) for name, tensor in before.items())
+
     @pytest.mark.parametrize("way_out", ["state_dict", "unload", "double", "load_state_dict", "merge", "forward"])
     def test_every_way_out_heals_an_interrupted_swap(self, monkeypatch, way_out):
         base = Mlp()

@@ -1,6 +1,7 @@
 """The operations in plain PyTorch: the truth that every faster backend is compared with, and the CPU path until then.
 
-Shape suffixes: T tokens, N out_features, K in_features, B blocks, U touched stripes, r x c the block shape.
+Shape suffixes: T tokens, N out_features, K in_features, B blocks, R row and C column stripes of
+r rows and c columns.
 16-bit inputs are accumulated in fp32 and rounded once; fp64 stays fp64.
 """
 
@@ -17,7 +18,7 @@ from ..blocks import BlockLayout
 DENSE_SHARE = 0.25
 # From this side on a block is worth a GEMM of its own on views, which copies nothing.
 LARGE_SIDE = 64
-# Strips gathered at a time: keeps the temporaries of a large selection in bounds.
+# Elements of strips gathered at a time: keeps the temporaries of a large selection in bounds.
 CHUNK_ELEMENTS = 1 << 24
 
 
@@ -94,11 +95,11 @@ def block_grad(dy_TN: Tensor, x_TK: Tensor, layout: BlockLayout) -> Tensor:
             x_Tc = x_TK[:, col * cols : (col + 1) * cols].to(dtype)
             torch.mm(dy_Tr.t(), x_Tc, out=out[: dy_Tr.shape[1], : x_Tc.shape[1]])
         return grad
-    dy_TRr, x_TCc = _stripes(dy_TN, rows), _stripes(x_TK, cols)
+    dy_RrT, x_CcT = _stripes(dy_TN, rows, dtype), _stripes(x_TK, cols, dtype)
     for part in _chunks(layout, dy_TN.shape[0]):
-        dy_TBr = dy_TRr.index_select(1, layout.block_rows[part]).to(dtype)
-        x_TBc = x_TCc.index_select(1, layout.block_cols[part]).to(dtype)
-        torch.bmm(dy_TBr.permute(1, 2, 0), x_TBc.transpose(0, 1), out=grad[part])
+        dy_BrT = dy_RrT.index_select(0, layout.block_rows[part])
+        x_BcT = x_CcT.index_select(0, layout.block_cols[part])
+        torch.bmm(dy_BrT, x_BcT.transpose(1, 2), out=grad[part])
     return grad
 
 
@@ -112,13 +113,12 @@ def block_product(x_TK: Tensor, blocks_Brc: Tensor, layout: BlockLayout) -> Tens
     rows, cols = layout.grid.block_shape
     if len(layout) >= DENSE_SHARE * layout.grid.num_blocks:
         return x_TK.to(dtype) @ dense(blocks_Brc.to(dtype), layout).t()
-    x_TCc = _stripes(x_TK, cols)
-    y_RTr = x_TK.new_zeros((layout.grid.row_stripes, x_TK.shape[0], rows), dtype=dtype)
+    x_CcT = _stripes(x_TK, cols, dtype)
+    y_RrT = x_CcT.new_zeros((layout.grid.row_stripes, rows, x_TK.shape[0]))
     for part in _chunks(layout, x_TK.shape[0]):
-        x_BTc = x_TCc.index_select(1, layout.block_cols[part]).to(dtype).transpose(0, 1)
-        y_BTr = torch.bmm(x_BTc, blocks_Brc[part].to(dtype).transpose(1, 2))
-        y_RTr = y_RTr.index_add(0, layout.block_rows[part], y_BTr)
-    return y_RTr.transpose(0, 1).flatten(1)[:, : layout.grid.rows]
+        y_BrT = torch.bmm(blocks_Brc[part].to(dtype), x_CcT.index_select(0, layout.block_cols[part]))
+        y_RrT = y_RrT.index_add(0, layout.block_rows[part], y_BrT)
+    return y_RrT.flatten(0, 1)[: layout.grid.rows].t()
 
 
 def block_matmul_(y_TN: Tensor, x_TK: Tensor, blocks_Brc: Tensor, layout: BlockLayout) -> Tensor:
@@ -148,12 +148,16 @@ def dense(blocks_Brc: Tensor, layout: BlockLayout) -> Tensor:
     )
 
 
-def _stripes(x_TK: Tensor, width: int) -> Tensor:
-    """`(T, stripes, width)`, padded with zeros when the last stripe is ragged."""
+def _stripes(x_TK: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """`(stripes, width, T)`, padded with zeros when the last stripe is ragged.
+
+    Transposed, so that a stripe is one run of memory: gathering stripes out of rows reads half a cache line here and
+    there, and cost a step 3 % more (4 layers of hidden 1024, 512 tokens, blocks of 8, two cores, 2026-11).
+    """
     missing = -x_TK.shape[1] % width
     if missing:
         x_TK = F.pad(x_TK, (0, missing))
-    return x_TK.reshape(x_TK.shape[0], x_TK.shape[1] // width, width)
+    return x_TK.to(dtype).t().contiguous().view(x_TK.shape[1] // width, width, x_TK.shape[0])
 
 
 def _chunks(layout: BlockLayout, tokens: int) -> list[slice]:

@@ -18,6 +18,9 @@ from ..blocks import BlockLayout
 DENSE_SHARE = 0.25
 # From this side on a block is worth a GEMM of its own on views, which copies nothing.
 LARGE_SIDE = 64
+# Below this side a stripe of a row is less than a cache line, so stripes are gathered from a transposed copy, where
+# each is one run of memory (blocks of 8: a step 3 % faster; blocks of 32: 2 % slower; two cores, 2026-11).
+NARROW_SIDE = 16
 # Elements of strips gathered at a time: keeps the temporaries of a large selection in bounds.
 CHUNK_ELEMENTS = 1 << 24
 
@@ -97,8 +100,8 @@ def block_grad(dy_TN: Tensor, x_TK: Tensor, layout: BlockLayout) -> Tensor:
         return grad
     dy_RrT, x_CcT = _stripes(dy_TN, rows, dtype), _stripes(x_TK, cols, dtype)
     for part in _chunks(layout, dy_TN.shape[0]):
-        dy_BrT = dy_RrT.index_select(0, layout.block_rows[part])
-        x_BcT = x_CcT.index_select(0, layout.block_cols[part])
+        dy_BrT = _take(dy_RrT, layout.block_rows[part])
+        x_BcT = _take(x_CcT, layout.block_cols[part])
         torch.bmm(dy_BrT, x_BcT.transpose(1, 2), out=grad[part])
     return grad
 
@@ -116,7 +119,7 @@ def block_product(x_TK: Tensor, blocks_Brc: Tensor, layout: BlockLayout) -> Tens
     x_CcT = _stripes(x_TK, cols, dtype)
     y_RrT = x_CcT.new_zeros((layout.grid.row_stripes, rows, x_TK.shape[0]))
     for part in _chunks(layout, x_TK.shape[0]):
-        y_BrT = torch.bmm(blocks_Brc[part].to(dtype), x_CcT.index_select(0, layout.block_cols[part]))
+        y_BrT = torch.bmm(blocks_Brc[part].to(dtype), _take(x_CcT, layout.block_cols[part]))
         y_RrT = y_RrT.index_add(0, layout.block_rows[part], y_BrT)
     return y_RrT.flatten(0, 1)[: layout.grid.rows].t()
 
@@ -149,15 +152,21 @@ def dense(blocks_Brc: Tensor, layout: BlockLayout) -> Tensor:
 
 
 def _stripes(x_TK: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """`(stripes, width, T)`, padded with zeros when the last stripe is ragged.
-
-    Transposed, so that a stripe is one run of memory: gathering stripes out of rows reads half a cache line here and
-    there, and cost a step 3 % more (4 layers of hidden 1024, 512 tokens, blocks of 8, two cores, 2026-11).
-    """
+    """`(stripes, width, T)`, padded with zeros when the last stripe is ragged; copied only when stripes are narrow."""
     missing = -x_TK.shape[1] % width
     if missing:
         x_TK = F.pad(x_TK, (0, missing))
-    return x_TK.to(dtype).t().contiguous().view(x_TK.shape[1] // width, width, x_TK.shape[0])
+    x_KT = x_TK.to(dtype).t()
+    if width < NARROW_SIDE:
+        x_KT = x_KT.contiguous()
+    return x_KT.unflatten(0, (x_TK.shape[1] // width, width))
+
+
+def _take(stripes_SwT: Tensor, index_B: Tensor) -> Tensor:
+    """Stripes by number, `(B, width, T)`, gathered in the order they lie in memory."""
+    if stripes_SwT.is_contiguous():
+        return stripes_SwT.index_select(0, index_B)
+    return stripes_SwT.permute(2, 0, 1).index_select(1, index_B).permute(1, 2, 0)
 
 
 def _chunks(layout: BlockLayout, tokens: int) -> list[slice]:

@@ -170,13 +170,11 @@ class SMTLayer(BaseTunerLayer):
         """Write `round(base + delta)` into the base weight, keeping the blocks it replaces.
 
         Raises:
-            ValueError: `safe_merge` is set and a merged block is not finite; nothing has been written then.
+            ValueError: the base layer does not compute with its weight alone, or `safe_merge` is set and a merged block
+                is not finite; nothing has been written then.
         """
         adapter_names = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.smt_blocks]
-        if adapter_names and (reason := why_not_merged(self.get_base_layer())):
-            raise ValueError(
-                f"{self.smt_name}: the blocks cannot be merged, because {reason}; use the adapter unmerged"
-            )
+        self.check_merge(adapter_names, safe_merge=False)
         self.heal()
         weight = self.weight_view().data
         done: list[str] = []
@@ -192,10 +190,16 @@ class SMTLayer(BaseTunerLayer):
             self.merged_adapters.append(adapter)
             done.append(adapter)
 
-    def check_finite_merge(self, adapter_names: list[str] | None) -> None:
-        """Raise `ValueError` if merging would write a value that is not finite; nothing is written."""
-        for adapter in self.active_adapters if adapter_names is None else adapter_names:
-            if adapter in self.smt_blocks and not bool(torch.isfinite(self._merged_blocks(adapter)[1]).all()):
+    def check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise what `merge` would raise; nothing is written."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in names if name in self.smt_blocks]
+        if names and (reason := why_not_merged(self.get_base_layer())):
+            raise ValueError(
+                f"{self.smt_name}: the blocks cannot be merged, because {reason}; use the adapter unmerged"
+            )
+        for adapter in names if safe_merge else ():
+            if not bool(torch.isfinite(self._merged_blocks(adapter)[1]).all()):
                 raise ValueError(self._not_finite(adapter))
 
     def _merged_blocks(self, adapter: str) -> tuple[Tensor, Tensor]:

@@ -132,8 +132,8 @@ class SMTModel(BaseTuner):
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Look at every layer before the first is written."""
-        for layer in _layers_of(self.model) if safe_merge else ():
-            layer.check_finite_merge(adapter_names)
+        for layer in _layers_of(self.model):
+            layer.check_merge(adapter_names, safe_merge)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import json
 
@@ -364,7 +365,8 @@ class TestOddModules:
 
     @pytest.mark.parametrize("kind", ["parametrized", "own forward", "int8"])
     def test_a_weight_that_is_not_what_the_layer_computes_is_not_merged_into(self, kind):
-        model = Mlp()
+        model = nn.Sequential(collections.OrderedDict(first=nn.Linear(16, 20), rest=Mlp()))
+        first, model = model, model.rest
         if kind == "parametrized":
             nn.utils.parametrizations.weight_norm(model.up)
         else:
@@ -372,9 +374,10 @@ class TestOddModules:
             model.up.__class__ = type("Special", (nn.Linear,), forward if kind == "own forward" else {})
         if kind == "int8":
             model.up.weight = nn.Parameter(torch.zeros(36, 20, dtype=torch.int8), requires_grad=False)
-        wrapped = get_peft_model(model, SMTConfig(**{**SETTINGS, "target_modules": ["up"]}))
+        wrapped = get_peft_model(first, SMTConfig(**{**SETTINGS, "target_modules": ["first", "up"]}))
         with pytest.raises(ValueError, match="up: the blocks cannot be merged, because"):
             wrapped.merge_adapter()
+        assert not any(layer.merged for layer in layers(wrapped))
 
     def test_a_transformer_encoder_layer_uses_its_adapter_in_evaluation(self):
         encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)

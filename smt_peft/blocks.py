@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -105,10 +105,6 @@ class BlockGrid:
         """Weights covered by `blocks` `(B, 2)`, padding not counted."""
         blocks = blocks.long().cpu()
         return int((self.heights()[blocks[:, 0]] * self.widths()[blocks[:, 1]]).sum())
-
-    def all_blocks(self) -> Tensor:
-        """Every block in row-major order, int32 `(R*C, 2)`."""
-        return self.unflatten(torch.arange(self.num_blocks))
 
     def flatten(self, blocks: Tensor) -> Tensor:
         """Row-major number of each block, int64 `(B,)`."""
@@ -437,9 +433,3 @@ _HEADER = "smt_selection"
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-
-def share_of_columns(layouts: Iterable[BlockLayout]) -> float:
-    """Touched columns of all layouts over their columns: what activations saved for backward shrink to."""
-    layouts = list(layouts)
-    return sum(layout.columns.numel() for layout in layouts) / sum(layout.grid.cols for layout in layouts)

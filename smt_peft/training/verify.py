@@ -27,7 +27,7 @@ from .errors import VerificationError
 from .model import load_model
 from .tell import tell
 
-ADAPTER, PROBE_ROWS, PROBE_TOKENS = "default", 4, 256
+PROBE_ROWS, PROBE_TOKENS = 4, 256
 # One rounding in each of N modules, independent, adds up as sqrt(N); the largest of many logits lies some 4 to 5
 # standard deviations out.
 ROUNDING_FACTOR = 4.0

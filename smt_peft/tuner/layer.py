@@ -174,21 +174,14 @@ class SMTLayer(BaseTunerLayer):
                 is not finite; nothing has been written then.
         """
         adapter_names = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.smt_blocks]
-        self.check_merge(adapter_names, safe_merge=False)
         self.heal()
-        weight = self.weight_view().data
-        done: list[str] = []
+        self.check_merge(adapter_names, safe_merge)
         for adapter in adapter_names:
-            blocks = self.smt_blocks[adapter]
+            layout = self.smt_blocks[adapter].layout()
             original, merged = self._merged_blocks(adapter)
-            if safe_merge and not bool(torch.isfinite(merged).all()):
-                for earlier in reversed(done):
-                    self._unmerge_one(earlier)
-                raise ValueError(self._not_finite(adapter))
-            ops.block_scatter_(weight, merged, blocks.layout())
-            self._originals[adapter] = blocks.layout(), original
+            ops.block_scatter_(self.weight_view().data, merged, layout)
+            self._originals[adapter] = layout, original
             self.merged_adapters.append(adapter)
-            done.append(adapter)
 
     def check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise what `merge` would raise; nothing is written."""
@@ -200,18 +193,15 @@ class SMTLayer(BaseTunerLayer):
             )
         for adapter in names if safe_merge else ():
             if not bool(torch.isfinite(self._merged_blocks(adapter)[1]).all()):
-                raise ValueError(self._not_finite(adapter))
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer "
+                    f"{self.smt_name}); the base weights were left as they were"
+                )
 
     def _merged_blocks(self, adapter: str) -> tuple[Tensor, Tensor]:
         blocks = self.smt_blocks[adapter]
         original = ops.block_gather(self.weight_view().data, blocks.layout())
         return original, ops.add_rounded(original, blocks.weight.detach())
-
-    def _not_finite(self, adapter: str) -> str:
-        return (
-            f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer {self.smt_name}); "
-            "the base weights were left as they were"
-        )
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""

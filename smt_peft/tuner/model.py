@@ -91,12 +91,12 @@ class SMTModel(BaseTuner):
         plan: Plan = peft_config.plan
         grid, num_blocks, index = plan.entry(current_key)
         inference_mode = getattr(peft_config, "inference_mode", False)
-        layer = target if isinstance(target, SMTLayer) else Linear(target, current_key)
-        if layer is not target:
-            layer.set_adapter(self.active_adapters)
-        layer.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
-        if layer is target:
+        if isinstance(target, SMTLayer):
+            target.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
             return
+        layer = Linear(target, current_key)
+        layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
         if isinstance(parent, nn.TransformerEncoderLayer):
             # In evaluation its fused path would read the weight past the adapter; any hook switches that path off.
             layer.register_forward_pre_hook(_no_fused_path)
@@ -144,7 +144,7 @@ class SMTModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [module for module in self.modules() if isinstance(module, SMTLayer)]
+        layers = _layers_of(self.model)
         known = {name for layer in layers for name in layer.smt_blocks} | {"__base__"}
         unknown = sorted(set(adapter_names) - known)
         if unknown:

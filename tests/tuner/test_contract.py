@@ -255,7 +255,6 @@ class TestFingerprint:
     def test_it_is_the_bases_also_while_another_adapter_is_merged(self, tmp_path):
         base = Mlp()
         model = get_peft_model(base, SMTConfig(**{**SETTINGS, "density": 1.0}))
-        before = {name: t.clone() for name, t in Mlp().state_dict().items()}
         original = {
             name.replace(".base_layer", ""): t.clone()
             for name, t in base.state_dict().items()
@@ -268,7 +267,6 @@ class TestFingerprint:
         again = Mlp()
         again.load_state_dict(original)
         PeftModel.from_pretrained(again, tmp_path / "other")
-        assert before.keys() == original.keys()
 
     def test_a_selection_made_of_others_keeps_the_base_they_share(self):
         base = tiny_llama()

@@ -34,12 +34,13 @@ def assert_same(ours: dict, expected: dict) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
-def train(model, steps: int = 5, lr: float = 1e-2, vocab: int = 64) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+def train(model, steps: int = 5, same_batch: bool = False, autocast: torch.dtype | None = None) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     model.train()
     for step in range(steps):
-        loss = model(**batch(vocab=vocab, seed=step)).loss
+        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            loss = model(**batch(seed=0 if same_batch else step)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -156,36 +157,32 @@ def test_safe_merge_leaves_the_base_when_a_block_is_not_finite():
     assert not last.merged
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
-def test_checkpointing_and_accumulation_change_no_gradient(reentrant):
-    def gradients(checkpointing):
-        torch.manual_seed(0)
-        model = get_peft_model(tiny_llama(), SMTConfig(**ALL, density=0.2, block_size=8)).train()
-        if checkpointing is not None:
-            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-            model.base_model.model.enable_input_require_grads()
-        for seed in range(2):
-            model(**batch(seed=seed), use_cache=False).loss.backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-    plain, once = gradients(None), gradients(reentrant)
-    for name, grad in plain.items():
-        assert grad is not None and torch.allclose(once[name], grad, rtol=1e-5, atol=1e-7), name
+def accumulated_gradients(seeds, reentrant=None) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), SMTConfig(**ALL, density=0.2, block_size=8)).train()
+    if reentrant is not None:
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.base_model.model.enable_input_require_grads()
+    for seed in seeds:
+        model(**batch(seed=seed), use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_training_under_autocast(dtype):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(reentrant):
+    assert_same(accumulated_gradients([0, 1], reentrant), accumulated_gradients([0, 1]))
+
+
+def test_gradients_of_several_batches_add_up():
+    one, two = accumulated_gradients([0]), accumulated_gradients([1])
+    assert_same(accumulated_gradients([0, 1]), {name: grad + two[name] for name, grad in one.items()})
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_training_under_autocast(autocast):
     model = get_peft_model(tiny_llama(), SMTConfig(**ALL, density=0.3, block_size=8))
     before = base_weights(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        with torch.autocast("cpu", dtype=dtype):
-            loss = model(**batch()).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, steps=8, same_batch=True, autocast=autocast)
     assert losses[-1] < losses[0] - 0.1
     assert_same(base_weights(model), before)
 
@@ -193,14 +190,7 @@ def test_training_under_autocast(dtype):
 def test_blocks_of_a_half_precision_base_are_fp32_and_learn():
     model = get_peft_model(tiny_llama().to(torch.bfloat16), SMTConfig(**ALL, density=0.3, block_size=8))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(**batch()).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, steps=8, same_batch=True)
     assert losses[-1] < losses[0] - 0.1
 
 

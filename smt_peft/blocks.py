@@ -156,8 +156,8 @@ class BlockLayout:
 
     Args:
         grid: the tiling.
-        blocks: int32 `(B, 2)` block coordinates, sorted, unique and in range (`BlockGrid.check_blocks` proves it);
-            the derived tensors live on its device.
+        blocks: int32 `(B, 2)` block coordinates, sorted, unique and in range, which `check` holds; the derived tensors
+            live on its device.
     """
 
     grid: BlockGrid
@@ -165,6 +165,24 @@ class BlockLayout:
 
     def __len__(self) -> int:
         return self.blocks.shape[0]
+
+    def check(self) -> None:
+        """Raise `ValueError` unless the blocks are as `BlockGrid.check_blocks` wants them, or, as in the layout of a
+        transposed matrix, sorted by (column, row) instead; looked at once."""
+        self._checked  # noqa: B018
+
+    @cached_property
+    def _checked(self) -> bool:
+        try:
+            self.grid.check_blocks(self.blocks, "block layout")
+        except ValueError as error:
+            if self.blocks.ndim != 2 or self.blocks.shape[1] != 2:
+                raise
+            try:
+                self.grid.transposed.check_blocks(self.blocks.flip(1), "block layout")
+            except ValueError:
+                raise error from None
+        return True
 
     @cached_property
     def block_rows(self) -> Tensor:
@@ -195,12 +213,19 @@ class BlockLayout:
         """The same blocks over the touched columns only: `x[:, columns]` goes with it as `x` goes with this layout."""
         grid = BlockGrid(self.grid.rows, self.columns.numel(), *self.grid.block_shape)
         local = torch.searchsorted(self.touched_cols, self.block_cols)
-        return BlockLayout(grid, torch.stack((self.block_rows, local), dim=1).to(torch.int32))
+        return self._derived(grid, torch.stack((self.block_rows, local), dim=1).to(torch.int32))
 
     @cached_property
     def transposed(self) -> BlockLayout:
         """The layout of the transposed matrix; blocks keep their order, so they are *not* sorted by row there."""
-        return BlockLayout(self.grid.transposed, self.blocks.flip(1))
+        return self._derived(self.grid.transposed, self.blocks.flip(1))
+
+    def _derived(self, grid: BlockGrid, blocks: Tensor) -> BlockLayout:
+        """Blocks that are right because these are, though not sorted by row when transposed."""
+        self.check()
+        layout = BlockLayout(grid, blocks)
+        layout.__dict__["_checked"] = True
+        return layout
 
     @cached_property
     def segments(self) -> Tensor:
@@ -226,6 +251,7 @@ class BlockLayout:
     def prepare(self) -> BlockLayout:
         """Compute every index tensor now, as ordinary tensors also when called in inference mode. Returns itself."""
         with torch.inference_mode(False):
+            self.check()
             for layout in (self, self.transposed, self.packed):
                 if layout.grid.is_ragged:
                     layout.elements  # noqa: B018

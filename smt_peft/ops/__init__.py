@@ -1,27 +1,39 @@
 """Operations on tensors and a block layout; they know nothing of PEFT or Transformers.
 
 block_grad      dW[b] = dY[:, rows_b]^T X[:, cols_b]
+block_scores    sums over every block of dY^T X, |dY^T X| or its square
 block_matmul_   Y += X delta^T
 block_gather    packed blocks <- weight
 block_scatter_  weight <- packed blocks
+swap_linear     Y = X round(W + delta)^T + bias, the blocks in the weight for one GEMM only
+swap_matmul     dX = dY round(W + delta)
+block_adamw_    AdamW on all blocks of a model
 block_linear    Y = X (W + delta)^T + bias, with the gradients of X and delta
 block_add       Y = base output + X delta^T, for a base layer that is opaque
+
+`operations` has the first eight, `dispatch` says which backend serves them, `library` shows them to compilers.
 """
 
+from . import library
+from .dispatch import explain, served, use_backend
 from .linear import block_add, block_add_traceable, block_linear
-from .reference import (
-    add_rounded,
+from .operations import (
+    block_adamw_,
     block_gather,
     block_grad,
     block_matmul_,
-    block_product,
     block_scatter_,
-    dense,
+    block_scores,
+    swap_linear,
+    swap_matmul,
 )
+from .reference import add_rounded, block_product, dense
+from .scores import block_sums, dense_grad, stripe_sums
 from .swap import heal
 
 __all__ = [
     "add_rounded",
+    "block_adamw_",
     "block_add",
     "block_add_traceable",
     "block_gather",
@@ -30,6 +42,16 @@ __all__ = [
     "block_matmul_",
     "block_product",
     "block_scatter_",
+    "block_scores",
+    "block_sums",
     "dense",
+    "dense_grad",
+    "explain",
     "heal",
+    "library",
+    "served",
+    "stripe_sums",
+    "swap_linear",
+    "swap_matmul",
+    "use_backend",
 ]

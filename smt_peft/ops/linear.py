@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..blocks import BlockLayout
-from .reference import add_rounded, block_gather, block_grad, block_matmul_, block_product, block_scatter_
-from .swap import run_with_blocks
+from .operations import block_gather, block_grad, block_matmul_, block_scatter_, swap_linear, swap_matmul
+from .reference import add_rounded, block_product
 
 # When the blocks touch more than this share of the columns, the input is kept whole: a reference costs nothing while
 # the input is alive anyway, a copy of nearly all of it always does.
@@ -35,8 +35,8 @@ def block_linear(
         `(..., N)` in the dtype of the (cast) input.
     """
     x = _autocast(x)
-    keep = torch.is_grad_enabled()
-    y_TN = _BlockLinear.apply(x.reshape(-1, x.shape[-1]), weight_NK, bias_N, delta_Brc, layout, swap, keep)
+    x_TK, keep = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled()
+    y_TN = _BlockLinear.apply(x_TK, weight_NK, bias_N, delta_Brc, layout, swap, keep, _wants_columns(layout))
     return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
 
 
@@ -47,7 +47,8 @@ def block_add(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> T
         `(..., N)` in the dtype of `y`; the products are summed in fp32 at least and rounded once.
     """
     y_TN, x_TK = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-    return _BlockAdd.apply(y_TN, x_TK, delta_Brc, layout, torch.is_grad_enabled()).view(y.shape)
+    keep = torch.is_grad_enabled()
+    return _BlockAdd.apply(y_TN, x_TK, delta_Brc, layout, keep, _wants_columns(layout)).view(y.shape)
 
 
 def block_add_traceable(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> Tensor:
@@ -58,21 +59,22 @@ def block_add_traceable(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLa
 
 class _BlockLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK, weight_NK, bias_N, delta_Brc, layout, swap, keep):
+    def forward(ctx, x_TK, weight_NK, bias_N, delta_Brc, layout, swap, keep, columns_only):
         # `needs_input_grad` speaks of the inputs alone; `keep` is False where no graph is recorded.
         needs_x, needs_delta = keep and ctx.needs_input_grad[0], keep and ctx.needs_input_grad[3]
-        ctx.layout, ctx.swap = layout, swap
-        ctx.keeps_columns, kept = _keep(x_TK, layout) if needs_delta else (False, None)
+        ctx.layout, ctx.swap, ctx.columns_only = layout, swap, columns_only
+        kept = _kept(x_TK, layout, columns_only) if needs_delta else None
         # Saved, not put on ctx: an optimizer step between forward and backward is noticed, and hooks that move or
         # recompute saved tensors see them.
         ctx.save_for_backward(kept, *((weight_NK, delta_Brc) if needs_x else (None, None)))
         with _no_autocast(x_TK):
+            bias_N = None if bias_N is None else bias_N.to(x_TK.dtype)
             if not swap:
-                y_TN = F.linear(x_TK, weight_NK.to(x_TK.dtype), _cast(bias_N, x_TK.dtype))
+                y_TN = F.linear(x_TK, weight_NK.to(x_TK.dtype), bias_N)
                 return block_matmul_(y_TN, x_TK, delta_Brc, layout)
-            return _with_weight(
-                lambda w_NK: F.linear(x_TK, w_NK, _cast(bias_N, x_TK.dtype)), x_TK.dtype, weight_NK, delta_Brc, layout
-            )
+            if x_TK.dtype == weight_NK.dtype:
+                return swap_linear(x_TK, weight_NK, bias_N, delta_Brc, layout)
+            return F.linear(x_TK, _merged(weight_NK, delta_Brc, layout, x_TK.dtype), bias_N)
 
     @staticmethod
     @once_differentiable
@@ -82,22 +84,24 @@ class _BlockLinear(torch.autograd.Function):
         dx_TK = d_delta = None
         with _no_autocast(dy_TN):
             if ctx.needs_input_grad[0]:
-                if ctx.swap:
-                    dx_TK = _with_weight(lambda w_NK: dy_TN @ w_NK, dy_TN.dtype, weight_NK, delta_Brc, layout)
+                if ctx.swap and dy_TN.dtype == weight_NK.dtype:
+                    dx_TK = swap_matmul(dy_TN, weight_NK, delta_Brc, layout)
+                elif ctx.swap:
+                    dx_TK = dy_TN @ _merged(weight_NK, delta_Brc, layout, dy_TN.dtype)
                 else:
                     dx_TK = dy_TN @ weight_NK.to(dy_TN.dtype)
                     block_matmul_(dx_TK, dy_TN, delta_Brc.transpose(1, 2), layout.transposed)
             if ctx.needs_input_grad[3]:
-                d_delta = block_grad(dy_TN, kept, layout.packed if ctx.keeps_columns else layout)
-        return dx_TK, None, None, d_delta, None, None, None
+                d_delta = block_grad(dy_TN, kept, layout.packed if ctx.columns_only else layout)
+        return dx_TK, None, None, d_delta, None, None, None, None
 
 
 class _BlockAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_TN, x_TK, delta_Brc, layout, keep):
+    def forward(ctx, y_TN, x_TK, delta_Brc, layout, keep, columns_only):
         needs_x, needs_delta = keep and ctx.needs_input_grad[1], keep and ctx.needs_input_grad[2]
-        ctx.layout = layout
-        ctx.keeps_columns, kept = _keep(x_TK, layout) if needs_delta else (False, None)
+        ctx.layout, ctx.columns_only = layout, columns_only
+        kept = _kept(x_TK, layout, columns_only) if needs_delta else None
         ctx.save_for_backward(kept, delta_Brc if needs_x else None)
         ctx.x_dtype = x_TK.dtype
         with _no_autocast(x_TK):
@@ -113,28 +117,24 @@ class _BlockAdd(torch.autograd.Function):
                 product = block_product(dy_TN, delta_Brc.transpose(1, 2), ctx.layout.transposed)
                 dx_TK = product.to(ctx.x_dtype)
             if ctx.needs_input_grad[2]:
-                d_delta = block_grad(dy_TN, kept, ctx.layout.packed if ctx.keeps_columns else ctx.layout)
-        return dy_TN, dx_TK, d_delta, None, None
+                d_delta = block_grad(dy_TN, kept, ctx.layout.packed if ctx.columns_only else ctx.layout)
+        return dy_TN, dx_TK, d_delta, None, None, None
 
 
-def _keep(x_TK: Tensor, layout: BlockLayout) -> tuple[bool, Tensor]:
-    """What the block gradient needs of X: a copy of the touched columns, or X itself when that is nearly all of it."""
-    if layout.columns.numel() > KEEP_WHOLE_SHARE * layout.grid.cols:
-        return False, x_TK
-    return True, x_TK.index_select(1, layout.columns)
+def _wants_columns(layout: BlockLayout) -> bool:
+    """Whether the block gradient is to keep a copy of the touched columns of X, not X itself."""
+    return layout.columns.numel() <= KEEP_WHOLE_SHARE * layout.grid.cols
 
 
-def _with_weight(gemm, dtype: torch.dtype, weight_NK: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> Tensor:
-    """`gemm(W + delta)`; where autocast copies the weight anyway, the copy is written and the weight is not."""
-    if dtype == weight_NK.dtype:
-        return run_with_blocks(lambda: gemm(weight_NK), weight_NK, delta_Brc, layout)
+def _kept(x_TK: Tensor, layout: BlockLayout, columns_only: bool) -> Tensor:
+    return x_TK.index_select(1, layout.columns) if columns_only else x_TK
+
+
+def _merged(weight_NK: Tensor, delta_Brc: Tensor, layout: BlockLayout, dtype: torch.dtype) -> Tensor:
+    """A copy of the merged weight in another dtype: where autocast copies anyway, the weight itself is not written."""
     # Rounded to the weight's own dtype first, as merging does, then to the dtype of the GEMM.
     blocks = add_rounded(block_gather(weight_NK, layout), delta_Brc)
-    return gemm(block_scatter_(weight_NK.to(dtype), blocks, layout))
-
-
-def _cast(bias_N: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias_N is None else bias_N.to(dtype)
+    return block_scatter_(weight_NK.to(dtype), blocks, layout)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -81,12 +81,17 @@ def add_rounded(base_Brc: Tensor, delta_Brc: Tensor) -> Tensor:
     return (base_Brc.to(wide) + delta_Brc.to(wide)).to(base_Brc.dtype)
 
 
-def block_grad(dy_TN: Tensor, x_TK: Tensor, layout: BlockLayout) -> Tensor:
-    """Gradient of the chosen blocks: `dW[b] = dY[:, rows_b]^T X[:, cols_b]`, a sampled dense-dense product.
+def block_grad(
+    dy_TN: Tensor, x_TK: Tensor, layout: BlockLayout, out: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
+    """Gradient of the chosen blocks: `dW[b] = dY[:, rows_b]^T X[:, cols_b]`, a sampled dense-dense product."""
+    grad = _block_grad(dy_TN, x_TK, layout)
+    if out is None:
+        return grad
+    return out.add_(grad) if accumulate else out.copy_(grad)
 
-    Returns:
-        `(B, r, c)`, fp32 (fp64 for fp64 inputs); the padding of ragged blocks is zero.
-    """
+
+def _block_grad(dy_TN: Tensor, x_TK: Tensor, layout: BlockLayout) -> Tensor:
     dtype = accumulate_dtype(dy_TN, x_TK)
     rows, cols = layout.grid.block_shape
     if len(layout) >= DENSE_SHARE * layout.grid.num_blocks:

@@ -10,11 +10,25 @@ import threading
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks import BlockLayout
 from .reference import add_rounded, block_gather, block_scatter_
+
+
+def swap_linear(
+    x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, delta_Brc: Tensor, layout: BlockLayout
+) -> Tensor:
+    """`X round(W + delta)^T + bias`; see `operations.swap_linear`."""
+    return run_with_blocks(lambda: F.linear(x_TK, weight_NK, bias_N), weight_NK, delta_Brc, layout)
+
+
+def swap_matmul(dy_TN: Tensor, weight_NK: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> Tensor:
+    """`dY round(W + delta)`; see `operations.swap_matmul`."""
+    return run_with_blocks(lambda: dy_TN @ weight_NK, weight_NK, delta_Brc, layout)
+
 
 # One lock per weight, so that two threads in one layer cannot restore each other's blocks.
 _locks: WeakIdKeyDictionary = WeakIdKeyDictionary()

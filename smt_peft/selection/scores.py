@@ -17,33 +17,24 @@ Shape suffixes: R row stripes, C column stripes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..blocks import BlockGrid
 from .guard import seeded
 
 FULL_SVD_SIDE = 256
 _OVERSAMPLING = 8
-
-
-def block_sums(matrix: Tensor, grid: BlockGrid) -> Tensor:
-    """The sum of each block of a `(rows, cols)` float matrix, `(R, C)`, without a padded or second dense matrix."""
-    return _stripe_sums(_stripe_sums(matrix, grid.block_cols).t(), grid.block_rows).t()
+# What `ops.block_scores` sums over a block for a score that needs nothing else of the dense gradient.
+_STATISTICS = {"grad_abs": "abs", "grad_sq": "square", "mean_abs": "sum"}
 
 
 def block_means(matrix: Tensor, grid: BlockGrid) -> Tensor:
     """The mean over the real elements of each block of a `(rows, cols)` float matrix, `(R, C)`."""
-    return block_sums(matrix, grid) / grid.effective_sizes().to(matrix.device)
-
-
-def _stripe_sums(matrix: Tensor, step: int) -> Tensor:
-    rows, cols = matrix.shape
-    full = cols // step * step
-    sums = matrix[:, :full].unflatten(1, (-1, step)).sum(-1) if full else matrix.new_empty(rows, 0)
-    return torch.cat((sums, matrix[:, full:].sum(1, keepdim=True)), 1) if full < cols else sums
+    return ops.block_sums(matrix, grid) / grid.effective_sizes().to(matrix.device)
 
 
 def magnitude(weight: Tensor, grid: BlockGrid) -> Tensor:
@@ -107,19 +98,21 @@ class GradientScore:
             self.dense = torch.zeros(grid.shape, dtype=_dtype(weight), device=device)
 
     @torch.no_grad()
-    def add(self, grad: Tensor) -> None:
-        """Take in the gradient of one batch, fp32 or fp64 `(out_features, in_features)`; it is overwritten."""
+    def add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Take in the gradient of one batch.
+
+        Args:
+            pairs: `(x, dY)` of every use of the module, `(..., in_features)` and `(..., out_features)`.
+        """
+        if statistic := _STATISTICS.get(self.score):
+            sums = ops.block_scores(pairs, self.grid, statistic)
+            self.sums.add_(sums / self.grid.effective_sizes().to(sums.device))
+            return
+        grad = ops.dense_grad(pairs, self.grid.shape)
         if self.dense is not None:
             self.dense.add_(grad.to(self.dense.device))
             return
-        if self.score == "grad_abs":
-            grad = grad.abs_()
-        elif self.score == "grad_sq":
-            grad = grad.square_()
-        elif self.score == "taylor":
-            grad = grad.mul_(self.weight.detach()).abs_()
-        elif callable(self.score):
-            grad = self._custom(grad)
+        grad = grad.mul_(self.weight.detach()).abs_() if self.score == "taylor" else self._custom(grad)
         self.sums.add_(block_means(grad, self.grid))
 
     def _custom(self, grad: Tensor) -> Tensor:
@@ -183,7 +176,7 @@ class ActivationScore:
         return self.sums
 
     def finish(self, num_batches: int) -> Tensor:
-        columns = _stripe_sums(self.sums[None, :], self.grid.block_cols)[0]
+        columns = ops.stripe_sums(self.sums[None, :], self.grid.block_cols)[0]
         means = columns / self.grid.widths().to(columns.device) / num_batches
         return checked(self.name, means.expand(self.grid.stripes).contiguous())
 

@@ -16,9 +16,6 @@ from torch import Tensor
 from ..targets import Target
 from .scores import ActivationScore, GradientScore
 
-# Inputs are widened to the gradient's dtype this many tokens at a time.
-_TOKENS = 4096
-
 
 class _Tap(torch.autograd.Function):
     """The identity on an output; backward hands `(x, dY)` to `receive`.
@@ -97,9 +94,9 @@ class GradientTaps:
             self._finish(name)
 
     def _finish(self, name: str) -> None:
-        grad = weight_gradient(self._pairs.pop(name), self.targets[name].shape)
+        pairs = self._pairs.pop(name)
         self.reached.add(name)
-        self.scores[name].add(grad)
+        self.scores[name].add(pairs)
 
 
 class ActivationTaps:
@@ -131,24 +128,6 @@ class ActivationTaps:
             self.scores[name].see(_input(args, kwargs))
 
         return hook
-
-
-def weight_gradient(pairs: list[tuple[Tensor, Tensor]], shape: tuple[int, int]) -> Tensor:
-    """The sum of `dY^T X`, `(out_features, in_features)`, in fp32, or fp64 for fp64 inputs.
-
-    Args:
-        pairs: `(x, dY)` of every use of the module, `(..., in_features)` and `(..., out_features)`.
-        shape: of the weight.
-    """
-    device = pairs[0][1].device
-    dtype = torch.float64 if pairs[0][1].dtype == torch.float64 else torch.float32
-    grad = torch.zeros(shape, dtype=dtype, device=device)
-    for x, dy in pairs:
-        parts = zip(x.reshape(-1, shape[1]).split(_TOKENS), dy.reshape(-1, shape[0]).split(_TOKENS), strict=True)
-        for part, grad_part in parts:
-            # In place, which the caller's autocast leaves alone.
-            grad.addmm_(grad_part.to(dtype).t(), part.to(dtype))
-    return grad
 
 
 def _input(args: tuple, kwargs: dict) -> Tensor:

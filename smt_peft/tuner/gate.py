@@ -53,6 +53,9 @@ def _why_not_input(weight: Tensor, x: Tensor) -> str | None:
 
 def why_not_swap(weight: Tensor) -> str | None:
     """Why the weight of a layer that may be fused must not be written, not even for the length of a GEMM."""
+    if torch.compiler.is_compiling():
+        # Compilers cannot ask the two questions below.
+        return None
     if weight.is_inference():
         return "the weight is an inference tensor"
     if weight.device.type == "cpu" and weight.is_shared():
@@ -76,9 +79,10 @@ def why_not_merged(base: nn.Module) -> str | None:
 
 
 def is_traced() -> bool:
-    """Whether autograd Functions with side effects are out: under a compiler, a tracer or a `torch.func` transform."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
+    """Whether a call must be made of differentiable PyTorch operations: for exporters, tracers and `torch.func`.
+
+    A compiler is no such case: it sees the operations as opaque `torch.library` ops.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None

@@ -42,4 +42,7 @@ def test_frozen_fails_and_tuned_passes(tmp_path):
     assert metrics["before"]["exact_match"] < 0.10
     assert metrics["after"]["exact_match"] > 0.80
     assert done.stdout.count("verified:") == 4
+    # The compiled kernels did the work; nothing else had a hand in training.
+    for operation in ("swap_linear", "swap_matmul", "block_grad"):
+        assert metrics["backends"][operation] == ["native"]
     assert (tmp_path / "run" / "blocks.png").stat().st_size > 10_000

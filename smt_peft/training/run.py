@@ -17,9 +17,11 @@ from datasets import Dataset
 from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
+from .. import ops
 from ..blocks import BlockSelection
+from ..optim import SMTAdamW
 from ..report.picture import draw_selection
 from ..report.table import report
 from ..selection import select_blocks
@@ -187,6 +189,7 @@ def make_trainer(
             processing_class=prepared.tokenizer,
             peft_config=config,
             callbacks=list(callbacks),
+            optimizer_cls_and_kwargs=_optimizer(run, args),
         )
 
 
@@ -270,6 +273,20 @@ def _smt_config(run: Run, selection: BlockSelection) -> PeftConfig:
     return config
 
 
+def _optimizer(run: Run, args: SFTConfig) -> tuple[type[SMTAdamW], dict[str, Any]] | None:
+    """None: the one that `args.optim` names. Clipping stays with the trainer, which logs the norm."""
+    if run.state_dtype is None:
+        return None
+    return SMTAdamW, {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        "state_dtype": run.state_dtype,
+        "seed": args.seed,
+    }
+
+
 def _verify(run: Run, prepared: Prepared, trainer: SFTTrainer, directory: Path) -> dict[str, Any]:
     rows = prepared.eval_set if prepared.eval_set is not None else prepared.train_set
     sequences = [rows[i]["input_ids"] for i in range(min(4, len(rows)))]
@@ -296,6 +313,7 @@ def _circumstances(trainer: SFTTrainer) -> dict[str, Any]:
     return {
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
+        "backends": ops.served(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
     }

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from ..config import SMTConfig
@@ -37,8 +38,11 @@ _INTERNAL = {
     "target_parameters",
     "fan_in_fan_out",
 }
+_TRAINER_OPTIMIZERS = tuple(name.value for name in OptimizerNames)
 # Fields of SFTConfig that would do nothing here, or something unsafe.
 _REFUSED = {"trust_remote_code", "model_init_kwargs", "do_train", "do_eval", "do_predict", "local_rank"}
+# What `optim` may be besides the trainer's own: `SMTAdamW`, by the `state_dtype` of its moments.
+SMT_OPTIMIZERS = {"smt_adamw": "float32", "smt_adamw_bf16": "bfloat16", "smt_adamw_8bit": "8bit"}
 # Names other trainers use: too far from ours for difflib.
 _SYNONYMS = {
     "base_model": "model_name_or_path",
@@ -110,6 +114,7 @@ class Run:
         selection: `"auto"` or the path of a selection file.
         warmup_batches: batches of the warm-up pass, with `selection="auto"`.
         resolved: every key that was given, interpolations and overrides applied, and every default of ours.
+        state_dtype: of `SMTAdamW`; None: the optimizer is one of the trainer's own.
     """
 
     config: RunConfig
@@ -118,6 +123,7 @@ class Run:
     selection: str
     warmup_batches: int
     resolved: dict[str, Any]
+    state_dtype: str | None = None
 
 
 @dataclass
@@ -155,7 +161,9 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     warmup = _Warmup(**{key: block.pop(key) for key in ("selection", "warmup_batches") if key in block})
     trainer = {key: value for key, value in good.items() if key not in ours and not key.startswith("smt.")}
     smt = _build(lambda given: SMTConfig(task_type="CAUSAL_LM", **given), block, "smt", errors)
-    sft = _build(lambda given: SFTConfig(**_with_defaults(given)), trainer, "", errors)
+    _check_optim(trainer, errors)
+    theirs = {key: value for key, value in trainer.items() if key != "optim" or value in _TRAINER_OPTIMIZERS}
+    sft = _build(lambda given: SFTConfig(**_with_defaults(given)), theirs, "", errors)
     errors.raise_any()
     config = RunConfig(**{key: good[key] for key in ours})
     resolved = {
@@ -163,7 +171,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         **trainer,
         "smt": {**vars(warmup), **block},
     }
-    return Run(config, sft, smt, warmup.selection, warmup.warmup_batches, resolved)
+    state_dtype = SMT_OPTIMIZERS.get(trainer.get("optim"))
+    return Run(config, sft, smt, warmup.selection, warmup.warmup_batches, resolved, state_dtype)
 
 
 def _flatten(settings: dict[str, Any], errors: Errors) -> dict[str, Any]:
@@ -271,6 +280,18 @@ def _check_files(good: Mapping[str, Any], errors: Errors) -> None:
         errors.add(
             "smt.selection", f"smt.selection: there is no file {selection}; make it with `smt select`, or say auto"
         )
+
+
+def _check_optim(trainer: Mapping[str, Any], errors: Errors) -> None:
+    name = trainer.get("optim")
+    if name is None or name in _TRAINER_OPTIMIZERS:
+        return
+    if name not in SMT_OPTIMIZERS:
+        near = difflib.get_close_matches(name, [*SMT_OPTIMIZERS, *_TRAINER_OPTIMIZERS], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"say {', '.join(SMT_OPTIMIZERS)} or one of transformers'"
+        errors.add("optim", f"optim: there is no optimizer {name!r}; {hint}")
+    elif trainer.get("optim_args"):
+        errors.add("optim_args", f"optim_args: {name} takes none, got {trainer['optim_args']!r}; leave the key out")
 
 
 def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-# make demo | test | style | check | bench | clean: each sets up what it needs in .venv first.
+# make demo | test | style | check | bench | clean: each sets up what it needs in .venv first. make gpu: on a GPU machine.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+KERNELS := $(VENV)/.kernels
 # The first is installed alone: any other package that asks for torch would otherwise bring a CUDA build of several GB.
 TORCH ?= torch==2.13.0
 
@@ -10,35 +11,45 @@ TORCH ?= torch==2.13.0
 # (quickstart, 40 steps: 85 s spinning, 21 s passive, two shared cores, 2026-11).
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test style check bench clean
+.PHONY: setup demo test style check bench gpu clean
 
-setup: $(READY)
+setup: $(KERNELS)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,dev]"
+	SMT_EXT=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,dev]"
 	touch $(READY)
 
-demo: $(READY)
+# Here a kernel that does not compile is an error, where an installation would go on without it.
+$(KERNELS): $(READY) setup.py $(wildcard csrc/cpu/*)
+	SMT_EXT=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $(KERNELS)
+
+demo: $(KERNELS)
 	rm -rf out/quickstart
 	$(BIN)/smt train configs/quickstart.yaml
 
-test: $(READY)
+test: $(KERNELS)
 	$(BIN)/python -m pytest
 
 style: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: $(READY)
+check: $(KERNELS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/test_imports.py
 
-bench: $(READY)
+bench: $(KERNELS)
+	$(BIN)/smt bench
 	$(BIN)/python benchmarks/step_time.py
 
+# With the interpreter that is given, which has a CUDA build of PyTorch: nothing is installed.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) build out *.egg-info
+	rm -rf $(VENV) build out *.egg-info smt_peft/_C* smt_peft/_build.json

@@ -1,4 +1,4 @@
-"""The command line: `smt train`, `smt select`, `smt merge`."""
+"""The command line: `smt train`, `smt select`, `smt merge`, `smt bench`, `smt env`."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = _verb(verbs, "merge", _merge, "write base + adapter as a plain checkpoint")
     sub.add_argument("adapter", metavar="ADAPTER", help="directory of a saved adapter")
     sub.add_argument("out", metavar="OUT", help="directory for the merged model; new or empty")
+    sub = _verb(verbs, "bench", _bench, "check the operations, then time them beside every other route")
+    sub.add_argument("--operation", nargs="+", metavar="NAME", help="only these; block_grad, block_adamw_, ...")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="the GPU where there is one")
+    sub.add_argument("--quick", action="store_true", help="tiny matrices: shows that it runs, says nothing of speed")
+    sub.add_argument("--rounds", type=int, metavar="N", help="timed calls of every route; 21 when not given")
+    sub.add_argument("--out", metavar="FILE", help="write everything as JSON")
+    _verb(verbs, "env", _env, "print versions, devices, and which backend serves which operation")
     return parser
 
 
@@ -84,6 +91,25 @@ def _merge(args: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     print(f"merged {args.adapter} into {args.out}; load it with transformers' from_pretrained")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from .bench.command import bench
+    from .training.errors import ConfigError, VerificationError
+
+    try:
+        rows = bench(args.operation, args.device, args.quick, args.rounds, args.out)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    if wrong := [row for row in rows if row["status"] == "wrong" and row["backend"]]:
+        names = ", ".join(sorted({f"{row['operation']} by {row['backend']}" for row in wrong}))
+        raise VerificationError(f"wrong results, which were not timed: {names}")
+
+
+def _env(args: argparse.Namespace) -> None:
+    from .bench.command import env
+
+    env()
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def equal(left: list[Tensor], right: list[Tensor]) -> bool:
 def groups_of(params: list[nn.Parameter]) -> list[dict]:
     return [
         {"params": params[:1], "lr": 3e-2, "weight_decay": 0.3},
-        {"params": params[1:3], "betas": (0.8, 0.95), "eps": 1e-4},
+        {"params": params[1:3], "betas": (0.0, 0.95), "eps": 1e-4},
         {"params": params[3:]},
     ]
 

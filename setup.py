@@ -1,9 +1,9 @@
 """Builds the compiled backends, `smt_peft._C` (CPU) and `smt_peft._C_cuda`, where that is possible; see `SMT_EXT`.
 
-SMT_EXT=auto  (default) the CPU library; the CUDA one too where PyTorch is a CUDA build and nvcc is there. What cannot be
-              built is left out with one line; the package then runs on PyTorch alone.
+SMT_EXT=auto  (default) the CPU library; the CUDA one too where PyTorch is a CUDA build and nvcc is there. What cannot
+              be built is left out with one line; the package then runs on PyTorch alone.
 SMT_EXT=0     neither: a pure Python install.
-SMT_EXT=cpu | cuda | all   these, or an error. The CUDA library is compiled without a GPU and without a CUDA PyTorch too.
+SMT_EXT=cpu | cuda | all   these, or an error. The CUDA library needs neither a GPU nor a CUDA PyTorch to compile.
 
 PyTorch must be importable while building: `pip install --no-build-isolation .`. Both libraries use its stable C++ ABI
 only, so one build serves every PyTorch from 2.10 on, and every Python from 3.10 on.
@@ -43,7 +43,10 @@ MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 STUB = """
 #include <stdint.h>
 int aoti_torch_get_current_cuda_stream(int32_t device, void** stream) { *stream = 0; return 0; }
-int torch_c10_cuda_check_msg(int32_t e, const char* f, const char* n, uint32_t l, _Bool b, char** m) { *m = 0; return 0; }
+int torch_c10_cuda_check_msg(int32_t e, const char* f, const char* n, uint32_t l, _Bool b, char** m) {
+  *m = 0;
+  return 0;
+}
 void torch_c10_cuda_free_error_msg(char* message) {}
 """
 
@@ -76,6 +79,7 @@ def cpu_extension():
         sorted(glob("csrc/cpu/*.cpp")),
         extra_compile_args={"cxx": flags},
         define_macros=MACROS,
+        extra_link_args=["-s"],
         py_limited_api=True,
     )
 
@@ -101,6 +105,7 @@ def cuda_extension():
         libraries=["torch_cuda", "cudart_static", "dl", "rt", "pthread"],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         define_macros=[*MACROS, ("USE_CUDA", None)],
+        extra_link_args=["-s"],
         py_limited_api=True,
     )
 
@@ -126,19 +131,27 @@ def build_command():
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "_build.json").write_text(json.dumps(self.metadata(), indent=2) + "\n")
 
-        def build_extension(self, ext):
+        def build_extensions(self):
+            for ext in self.extensions:
+                ext.optional = MODE == "auto"
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             try:
-                super().build_extension(ext)
+                super().build_extensions()
             except Exception as error:
                 if MODE != "auto":
                     raise
-                last = str(error).strip().split("\n")[0]
-                say(f"{ext.name} could not be compiled and is left out; the package works without it ({last})")
-                ext.optional = True
-                self.left_out = [*getattr(self, "left_out", []), ext.name]
+                missing = " and ".join({ext.name for ext in self.extensions} - set(self.built()))
+                reason = str(error).strip().split("\n")[0]
+                say(f"{missing} could not be compiled and is left out; the package works without it ({reason})")
+
+        def built(self) -> list[str]:
+            return [ext.name for ext in self.extensions if Path(self.build_lib, *self.file_of(ext)).exists()]
+
+        def file_of(self, ext) -> tuple[str, ...]:
+            return Path(self.get_ext_filename(self.get_ext_fullname(ext.name))).parts
 
         def metadata(self) -> dict:
-            names = [ext.name for ext in self.extensions if ext.name not in getattr(self, "left_out", [])]
+            names = self.built()
             cuda = "smt_peft._C_cuda" in names
             return {
                 "version": self.distribution.get_version(),

@@ -1,5 +1,5 @@
 // AdamW (Loshchilov & Hutter, arXiv 1711.05101, Alg. 2) over many tensors in one parallel pass. The arithmetic is that of
-// smt_peft/ops/adamw.py; what differs is only where a multiply and an add are fused.
+// smt_peft/ops/adamw.py, operation by operation.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -54,6 +54,14 @@ inline uint32_t fmix32(uint32_t word) {
 
 inline float square_root(float value) { return __builtin_sqrtf(value); }
 inline double square_root(double value) { return __builtin_sqrt(value); }
+
+// No fused multiply-adds: they are nearer to the truth, but not the numbers of torch.optim.AdamW (1e-5 apart after 100
+// steps at a learning rate of 1e-3, 2.4e-7 without, 2026-11).
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
 
 #define SMT_KERNEL_TEXT "adamw_kernel.inc"
 #include "each_isa.inc"

@@ -79,7 +79,7 @@ def block_adamw_(
         m_n, v_n = _load(exp_avg, avg_scale, wide, signed=True), _load(exp_avg_sq, sq_scale, wide, signed=False)
         if coefficient is not None:
             g_n = g_n * coefficient
-        m_n = m_n + (g_n - m_n) * (1 - beta1)
+        m_n = torch.lerp(m_n, g_n, 1 - beta1)
         v_n = beta2 * v_n + (1 - beta2) * g_n * g_n
         # Powers of numbers this close to 1 need fp64; on the device, so that the host need not wait for it.
         step = step.double()

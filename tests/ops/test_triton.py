@@ -30,6 +30,8 @@ with patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if DEVICE == "cpu" else {}
     from smt_peft.ops.triton import grad, matmul  # noqa: F401 (interpreted from here on)
 
 A100, H100, AMD = Device((8, 0), 108), Device((9, 0), 132), Device((9, 4), 304, amd=True)
+# `make gpu` runs these too, compiled.
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 # fp32 is never sent to the kernels on a GPU; in the interpreter it shows an error that fp16 would hide.
 DTYPES = [torch.float16, torch.float32] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
 

@@ -79,7 +79,7 @@ def block_adamw_(
         m_n, v_n = _load(exp_avg, avg_scale, wide, signed=True), _load(exp_avg_sq, sq_scale, wide, signed=False)
         if coefficient is not None:
             g_n = g_n * coefficient
-        m_n = torch.lerp(m_n, g_n, 1 - beta1)
+        m_n = _lerp(m_n, g_n, 1 - beta1)
         v_n = beta2 * v_n + (1 - beta2) * g_n * g_n
         # Powers of numbers this close to 1 need fp64; on the device, so that the host need not wait for it.
         step = step.double()
@@ -89,6 +89,13 @@ def block_adamw_(
         _store(param, None, p_n, key + _SALT_PARAM, skip)
         _store(exp_avg, avg_scale, m_n, key + _SALT_AVG, skip, signed=True)
         _store(exp_avg_sq, sq_scale, v_n, key + _SALT_SQ, skip, signed=False)
+
+
+def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """From the nearer end, as torch.lerp does, so that a weight of 1 gives `end` itself; nothing is fused."""
+    if weight < 0.5:
+        return start + weight * (end - start)
+    return end - (end - start) * (1 - weight)
 
 
 def _load(stored: Tensor, scales: Tensor, wide: torch.dtype, signed: bool) -> Tensor:

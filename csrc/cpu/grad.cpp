@@ -21,6 +21,8 @@ namespace {
 
 // Rows and columns of a tile of the result at most: its panels of A and B for one chunk fill a part of the L2 cache.
 constexpr int64_t kTaskRows = 128, kTaskColumns = 256;
+// Tasks that are few enough to be cut into fewer rows, so that every thread has some.
+constexpr int64_t kFewTasks = 8, kFewestRows = 16;
 // Tokens of a chunk: short where a block's cost is reading dY and X, long where it is multiplying.
 constexpr int64_t kChunk = 256, kSmallChunk = 64, kSmallArea = 64 * 64;
 // Multiply-adds worth a thread of their own.
@@ -215,14 +217,17 @@ template <class T>
 std::vector<Task> tasks_of(const Problem<T>& p) {
   const int64_t panel = SMT_KERNEL(panel_columns<T>)(), count = p.block.size();
   const int64_t together = p.b.width >= panel ? 1 : kTaskColumns / p.b.width;
+  const int64_t across = count * ((p.b.width - 1) / kTaskColumns + 1);
+  int64_t task_rows = kTaskRows;
+  while (task_rows > kFewestRows && across * ((p.a.width - 1) / task_rows + 1) < kFewTasks) task_rows /= 2;
   std::vector<Task> tasks;
   for (int64_t first = 0, last; first < count; first = last) {
     const int64_t stripe = p.a_stripe[first];
     for (last = first + 1; last < count && last - first < together && p.a_stripe[last] == stripe;) ++last;
     const int64_t columns = last - first == 1 ? p.b.valid(p.b_stripe[first]) : 1;
-    for (int64_t i = 0; i < p.a.valid(stripe); i += kTaskRows)
+    for (int64_t i = 0; i < p.a.valid(stripe); i += task_rows)
       for (int64_t j = 0; j < columns; j += kTaskColumns)
-        tasks.push_back({stripe, i, std::min(i + kTaskRows, p.a.valid(stripe)), first, last - first, j,
+        tasks.push_back({stripe, i, std::min(i + task_rows, p.a.valid(stripe)), first, last - first, j,
                          std::min(j + kTaskColumns, columns)});
   }
   return tasks;

@@ -1,4 +1,4 @@
-"""AdamW over many tensors in one call, in plain PyTorch: the truth for the compiled backends, and the way until then.
+"""AdamW over many tensors in one call, in plain PyTorch: the truth for the compiled backends, and what runs anywhere.
 
 With g the gradient, m and v the moving averages of g and g^2 (Loshchilov & Hutter, arXiv 1711.05101, Alg. 2):
 

@@ -2,8 +2,9 @@
 
 `setup.py` builds the libraries from csrc/. They are loaded on the first call that may use them, never on import; a
 library that is missing or does not load is a reason in words, never an exception. Both speak PyTorch's stable C++ ABI,
-so one build serves every PyTorch from 2.10 on, and register raw operations as `torch.ops.smt_native.*`, which check
-their operands themselves: an index out of range never reaches a kernel.
+so one build serves every PyTorch from 2.10 on, and register raw operations as `torch.ops.smt_native.*`. These check
+their operands themselves, on a CPU the index too; on a GPU that would wait for the device, so there the index is the
+one that `BlockLayout.check` has looked at, and what lies out of range is masked.
 
 Signatures, results and shape suffixes are those of `operations`. Environment: `SMT_CPU_ISA` = avx512, avx2 or baseline
 forces the instruction set of the CPU kernels.
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..blocks import BlockLayout
 from .adamw import check_hyper_parameters, check_tensors, dynamic_code
@@ -70,7 +70,7 @@ def _raw(operand: Tensor):
 
 
 def block_gather(weight_NK: Tensor, layout: BlockLayout) -> Tensor:
-    return _raw(weight_NK).block_gather(weight_NK, _index(layout), *layout.grid.block_shape)
+    return _raw(weight_NK).block_gather(weight_NK, layout.blocks, *layout.grid.block_shape)
 
 
 def why_not_block_gather(weight_NK: Tensor, layout: BlockLayout) -> str | None:
@@ -78,7 +78,7 @@ def why_not_block_gather(weight_NK: Tensor, layout: BlockLayout) -> str | None:
 
 
 def block_scatter_(weight_NK: Tensor, blocks_Brc: Tensor, layout: BlockLayout) -> Tensor:
-    _raw(weight_NK).block_scatter_(weight_NK, blocks_Brc, _index(layout))
+    _raw(weight_NK).block_scatter_(weight_NK, blocks_Brc, layout.blocks)
     _written(weight_NK)
     return weight_NK
 
@@ -111,7 +111,7 @@ def why_not_block_grad(
 def swap_linear(
     x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, delta_Brc: Tensor, layout: BlockLayout
 ) -> Tensor:
-    return _raw(weight_NK).swap_linear(x_TK, weight_NK, bias_N, delta_Brc, _index(layout))
+    return _raw(weight_NK).swap_linear(x_TK, weight_NK, bias_N, delta_Brc, layout.blocks)
 
 
 def why_not_swap_linear(
@@ -122,7 +122,7 @@ def why_not_swap_linear(
 
 
 def swap_matmul(dy_TN: Tensor, weight_NK: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> Tensor:
-    return _raw(weight_NK).swap_matmul(dy_TN, weight_NK, delta_Brc, _index(layout))
+    return _raw(weight_NK).swap_matmul(dy_TN, weight_NK, delta_Brc, layout.blocks)
 
 
 def why_not_swap_matmul(dy_TN: Tensor, weight_NK: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> str | None:
@@ -164,11 +164,11 @@ def block_adamw_(
     _written(*params, *exp_avgs, *exp_avg_sqs, *avg_scales, *sq_scales)
 
 
-def why_not_block_adamw_(params: Sequence[Tensor], *_: object, **__: object) -> str | None:
+def why_not_block_adamw_(params: Sequence[Tensor], grads: Sequence[Tensor], *_: object) -> str | None:
     if not params:
         return None
     device_type = params[0].device.type
-    if device_type == "cuda" and any(param.dtype == torch.float64 for param in params):
+    if device_type == "cuda" and any(tensor.dtype == torch.float64 for tensor in (*params, *grads)):
         return "native block_adamw_ computes in float32 on CUDA, not in float64"
     return available(device_type)
 
@@ -196,35 +196,6 @@ def _why_not_gemm(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> str | 
         if operand.dtype != weight_NK.dtype:
             return f"an operand is {operand.dtype} but the weight is {weight_NK.dtype}"
     return None
-
-
-# Index tensors on a GPU that were read back and checked, with their version and the grid they were checked for.
-_checked: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _index(layout: BlockLayout) -> Tensor:
-    """The layout's index; on a GPU checked once, on a CPU by the operation itself."""
-    blocks = layout.blocks
-    if blocks.is_cuda:
-        known = (0 if blocks.is_inference() else blocks._version, layout.grid)
-        if _checked.get(blocks) != known:
-            _check_index(layout)
-            _checked[blocks] = known
-    return blocks
-
-
-def _check_index(layout: BlockLayout) -> None:
-    blocks, grid = layout.blocks, layout.grid
-    if not blocks.is_contiguous():
-        raise ValueError("blocks are not contiguous; call .contiguous()")
-    coordinates = blocks.cpu()
-    try:
-        grid.check_blocks(coordinates, "blocks")
-    except ValueError:
-        # The index of a transposed layout keeps the order of the other one: sorted by (column, row).
-        if coordinates.dtype != torch.int32 or coordinates.ndim != 2 or coordinates.shape[1] != 2:
-            raise
-        grid.transposed.check_blocks(coordinates.flip(1), "blocks")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The operations in plain PyTorch: the truth that every faster backend is compared with, and the CPU path until then.
+"""The operations in plain PyTorch: the truth that every faster backend is compared with, and what runs anywhere.
 
 Shape suffixes: T tokens, N out_features, K in_features, B blocks, R row and C column stripes of
 r rows and c columns.

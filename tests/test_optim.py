@@ -439,7 +439,7 @@ def test_the_update_of_a_device_decides_there_whether_it_counts(skip):
     assert [step.item() for step in update["steps"]] == [2 - (skip > 0)] * 4
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
 def test_on_a_gpu_clipping_and_skipping_never_wait(state_dtype):
     """The second step overflows: nothing changes, and the steps do not advance."""

@@ -6,7 +6,7 @@ ones run whatever became of the earlier; the exit status is 0 when all went well
 written as it comes: summary.json, log.txt, tests.xml, ops.json, layer.json, step.json.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu
-    python benchmarks/gpu.py --dry-run --out /tmp/dry      # all stages on a CPU, in sizes that say nothing of speed
+    python benchmarks/gpu.py --dry-run --out build/gpu     # all stages on a CPU, in sizes that say nothing of speed
 """
 
 from __future__ import annotations

@@ -10,9 +10,8 @@ TORCH ?= torch==2.13.0
 # Two OpenMP threads that spin while they wait slow a run down four times when another program wants a core
 # (quickstart, 40 steps: 85 s spinning, 21 s passive, two shared cores, 2026-11).
 export OMP_WAIT_POLICY := PASSIVE
-# Huge pages for what malloc hands out: on a virtual machine with 4 KiB pages a training step is 1.5 times as long, and
-# every method's step but the frozen model's suffers most (1.28 s and 0.80 s, two cores, 2026-11). Other C libraries
-# than glibc from 2.35 on ignore it.
+# Huge pages for what malloc hands out: with pages of 4 KiB the frozen pass of `make bench` took 1.28 s on a virtual
+# machine, with these 0.80 s (two cores, 2026-11). Other C libraries than glibc from 2.35 on ignore it.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
 .PHONY: setup demo test style check bench gpu clean

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from functools import partial
 
 from .. import ops
-from ..ops.dispatch import FASTER, parse
+from ..ops.dispatch import FASTER, parse, why_not
 from .measure import Route
 
 
@@ -36,11 +35,3 @@ def ours(operation: str, call: Callable, *operands, also: tuple[str, ...] = ()) 
 def forced_backend(operation: str) -> str | None:
     """The backend that `SMT_BACKEND` forces for an operation, or None."""
     return parse(os.environ.get("SMT_BACKEND")).get(operation)
-
-
-def why_not(backend: str, operation: str, *operands) -> str | None:
-    """Why a backend cannot run a call, or None."""
-    if backend == "reference":
-        return None
-    module = importlib.import_module(f"..ops.{backend}", __package__)
-    return getattr(module, f"why_not_{operation}")(*operands)

@@ -69,6 +69,11 @@ def pick(operation: str, *operands) -> Callable:
     return _load("reference", operation)[0]
 
 
+def why_not(backend: str, operation: str, *operands) -> str | None:
+    """Why a backend cannot run a call, or None."""
+    return _load(backend, operation)[1](*operands)
+
+
 def served() -> dict[str, list[str]]:
     """The backends that have really run, per operation, since the process began."""
     return {name: sorted(backend for operation, backend in _served if operation == name) for name, _ in sorted(_served)}

@@ -14,7 +14,9 @@ from ..config import SMTConfig
 from ..fingerprint import fingerprint
 from ..say import say
 from ..targets import DEFAULT_TARGETS
-from .layer import Linear, SMTBlocks, SMTLayer
+from .delta import SMTBlocks
+from .layer import SMTLayer
+from .linear import Linear
 from .plan import Plan, check_base, make_plan
 
 

@@ -1,0 +1,90 @@
+"""The delta of one adapter in one layer: its blocks, and where they lie."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import BlockGrid, BlockLayout
+
+
+class SMTBlocks(nn.Module):
+    """The blocks of one adapter in one layer.
+
+    Attributes:
+        weight: trainable delta from the base weight, `(num_blocks, rows, cols)`, fp32, zero at the start.
+        index: `(row, col)` block coordinates, int32 `(num_blocks, 2)`, sorted and unique; saved with the weight.
+    """
+
+    def __init__(self, name: str, grid: BlockGrid, num_blocks: int):
+        super().__init__()
+        self.name = name
+        self.grid = grid
+        self.weight = nn.Parameter(torch.zeros(num_blocks, *grid.block_shape))
+        self.register_buffer("index", torch.zeros(num_blocks, 2, dtype=torch.int32))
+        self._layout: tuple[tuple, BlockLayout] | None = None
+
+    def layout(self) -> BlockLayout:
+        """The layout of the current index, checked whenever it has changed, so that no operation meets a bad one.
+
+        Raises:
+            ValueError: the index is out of range, duplicated or unsorted; names the module.
+        """
+        if self._layout is not None and torch.compiler.is_compiling():
+            # The index is a symbol there, whose values cannot be checked; loading another drops this layout.
+            return self._layout[1]
+        version = 0 if self.index.is_inference() else self.index._version
+        key = (id(self.index), version, self.index.device)
+        if self._layout is None or self._layout[0] != key:
+            self.grid.check_blocks(self.index, self.name)
+            # Not every road into a model passes `check_loaded`; here they all meet, once per index.
+            if type(self.weight) is nn.Parameter:
+                self._check_finite(self.weight)
+            with torch.inference_mode(False):
+                index = self.index.detach().clone()
+            self._layout = (key, BlockLayout(self.grid, index).prepare())
+        return self._layout[1]
+
+    def padding(self) -> int:
+        """Entries of `weight` that lie outside the matrix: stored as zero, never trained, never counted."""
+        return self.weight.numel() - self.grid.effective_numel(self.index)
+
+    def check_loaded(self, weight: Tensor | None, index: Tensor | None) -> None:
+        """Check tensors read from a file before they are copied in.
+
+        Raises:
+            ValueError: a tensor is missing, of the wrong shape or dtype, the index is impossible, or a value is not
+                finite; names the module.
+        """
+        repair = "the adapter file is damaged or belongs to another model; restore it or save the adapter again"
+        for part, tensor, expected in (("weight", weight, self.weight), ("index", index, self.index)):
+            if tensor is None:
+                raise ValueError(f"{self.name}: the adapter file has no smt_blocks.{part} for this module; {repair}")
+            if tensor.shape != expected.shape:
+                raise ValueError(
+                    f"{self.name}: smt_blocks.{part} has shape {tuple(tensor.shape)} in the file, but "
+                    f"block_pattern says {tuple(expected.shape)}; {repair}"
+                )
+        self.grid.check_blocks(index, self.name)
+        if not weight.is_floating_point():
+            raise ValueError(f"{self.name}: smt_blocks.weight is {weight.dtype}, not a float type; {repair}")
+        self._check_finite(weight)
+
+    def _check_finite(self, weight: Tensor) -> None:
+        if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
+            raise ValueError(
+                f"{self.name}: smt_blocks.weight holds NaN or infinity; restore the adapter, or train it "
+                "anew with a lower learning rate"
+            )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "index" in state_dict:
+            self._layout = None
+
+    def __getstate__(self):
+        # Derived from the index; dropped so that copies and pickles stay as small as the adapter.
+        return {**self.__dict__, "_layout": None}
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} blocks, {self.grid}"

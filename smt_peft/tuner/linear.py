@@ -1,0 +1,111 @@
+"""SMT over linear layers, and which of its forwards a call takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import ops
+from .delta import SMTBlocks
+from .gate import is_traced, why_not_fused, why_not_swap
+from .layer import SMTLayer
+
+
+class Linear(nn.Module, SMTLayer):
+    """SMT over `torch.nn.Linear` or GPT-2's `Conv1D`. The class name is what PEFT's `all-linear` recognises."""
+
+    def __init__(self, base_layer: nn.Module, name: str, **kwargs: Any):
+        super().__init__()
+        SMTLayer.__init__(self, base_layer, name, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        self.heal()
+        if adapter_names is not None:
+            self._check_mixed_batch(x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_forward(x, adapter_names, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.smt_blocks]
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if args or kwargs:
+            return self._opaque_forward(x, active, *args, **kwargs)
+        return self._chosen_forward(x, active)
+
+    def _chosen_forward(self, x: Tensor, active: list[str]) -> Tensor:
+        forwards = {self.smt_forward[name] for name in active}
+        wanted = "swap" if "swap" in forwards else self.smt_forward[active[0]]
+        unfused = self._why_not_fused(x, active)
+        unswapped = unfused or why_not_swap(self.get_base_layer().weight)
+        if wanted == "swap" and unswapped:
+            raise RuntimeError(f"{self.smt_name}: forward='swap' is set, but {unswapped}; use forward='auto'")
+        if unfused:
+            return self._opaque_forward(x, active)
+        # In evaluation other threads may read the weight at the same time, so it is written in training only.
+        swap = wanted == "swap" or (wanted == "auto" and self.training and not unswapped)
+        return self._fused_forward(x, self.smt_blocks[active[0]], swap)
+
+    def _why_not_fused(self, x: Tensor, active: list[str]) -> str | None:
+        if len(active) > 1:
+            return "several adapters are active"
+        if is_traced():
+            return "the call is traced or transformed"
+        return why_not_fused(self.base_layer, self.smt_blocks[active[0]], x)
+
+    def _fused_forward(self, x: Tensor, blocks: SMTBlocks, swap: bool) -> Tensor:
+        self._told = "swap" if swap else "additive"
+        bias = self.get_base_layer().bias
+        return ops.block_linear(x, self.weight_view(), bias, blocks.weight, blocks.layout(), swap)
+
+    def _opaque_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        self._told = "additive"
+        y = self.base_layer(x, *args, **kwargs)
+        add = ops.block_add_traceable if is_traced() else ops.block_add
+        for name in active:
+            blocks = self.smt_blocks[name]
+            y = add(y, x, blocks.weight, blocks.layout())
+        return y
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self.heal()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.heal()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Linear:
+        self.heal()
+        return super()._apply(*args, **kwargs)
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Each row of the batch with its own adapter; `"__base__"` rows with none."""
+        y = self.base_layer(x, *args, **kwargs).clone()
+        for name in dict.fromkeys(adapter_names):
+            if name not in self.smt_blocks:
+                continue
+            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+            blocks = self.smt_blocks[name]
+            y[rows] = ops.block_add(y[rows], x[rows], blocks.weight, blocks.layout())
+        return y
+
+    def extra_repr(self) -> str:
+        return f"forward={self._told or 'not yet chosen'}"
+
+    def __repr__(self) -> str:
+        return "smt." + super().__repr__()

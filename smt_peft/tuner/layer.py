@@ -75,6 +75,12 @@ class SMTLayer(BaseTunerLayer):
             self.smt_blocks[adapter_name].layout()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        # PEFT hands one list to all layers; a compiler notes which of them share it, and would compile anew once
+        # switching adapters has changed that.
+        self._active_adapter = list(self._active_adapter)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense matrix of the shape and on the device of the base weight, fp32."""
         blocks = self.smt_blocks[adapter]

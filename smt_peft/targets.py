@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
@@ -79,7 +80,8 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
         over_adapters: whether a target may carry an adapter of another method, as where the base is only read.
 
     Raises:
-        ValueError: nothing matches, or a match is neither a `nn.Linear` nor a `Conv1D`, is never called, is trained in
+        NoMatchingPeftModuleError: nothing matches; a `ValueError`, as the other.
+        ValueError: a match is neither a `nn.Linear` nor a `Conv1D`, is never called, is trained in
             full, or carries an adapter of another method.
     """
     everything = _is_all_linear(config)
@@ -92,6 +94,8 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
         if not name or name.startswith(inside):
             continue
         matched = check_target_module_exists(resolved, name)
+        if matched and everything and config.layers_to_transform is not None:
+            matched = _lies_in_layers(name, config)
         if isinstance(module, _WRAPPERS):
             inside += (name + ".",)
         if not matched or isinstance(matched, _ExcludedModule) or module is head:
@@ -107,7 +111,7 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
             "nn.MultiheadAttention takes its weight without calling it, so blocks of it would not train"
         )
     if not targets:
-        raise ValueError(_nothing_matched(model, config))
+        raise NoMatchingPeftModuleError(_nothing_matched(model, config))
     return targets
 
 
@@ -125,6 +129,13 @@ def _resolved(model: nn.Module, config: SMTConfig) -> SMTConfig:
             raise ValueError("Please specify `target_modules` in `peft_config`")
         resolved.target_modules = DEFAULT_TARGETS[model_type]
     return _maybe_include_all_linear_layers(resolved, model)
+
+
+def _lies_in_layers(name: str, config: SMTConfig) -> bool:
+    # PEFT looks at the layers only where it matches a module by the end of its name, and all-linear is full names.
+    by_its_end = config.copy()
+    by_its_end.target_modules = {name.rpartition(".")[2]}
+    return bool(check_target_module_exists(by_its_end, name))
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

@@ -78,7 +78,8 @@ class SMTModel(BaseTuner):
         matched = BaseTuner._check_target_module_exists(peft_config, key)
         if not matched or not peft_config.block_pattern:
             return matched
-        return key in peft_config.block_pattern
+        # Where PEFT injects by a state dict it hands over the names of a compiled model without their prefix.
+        return key in peft_config.block_pattern or f"_orig_mod.{key}" in peft_config.block_pattern
 
     def _create_and_replace(
         self,

@@ -35,6 +35,9 @@ class Plan:
 
     def entry(self, name: str) -> tuple[BlockGrid, int, Tensor]:
         """Grid, number of blocks and positions for a module."""
+        # The names of a compiled model carry a prefix, which PEFT takes off where it injects by a state dict.
+        compiled = f"_orig_mod.{name}"
+        name = compiled if compiled in self.selection.blocks else name
         if name not in self.selection.blocks:
             raise ValueError(
                 f"{name}: the state dict has blocks for this module, but the config does not target it; use the config "

@@ -34,6 +34,9 @@ class SMTLayer(BaseTunerLayer):
         self._originals: dict[str, tuple[BlockLayout, Tensor]] = {}
         self._told: str | None = None
         base = self.get_base_layer()
+        if isinstance(base, nn.Embedding):
+            self.out_features, self.in_features = base.num_embeddings, base.embedding_dim
+            return
         is_conv1d = isinstance(base, Conv1D)
         self.out_features = base.nf if is_conv1d else base.out_features
         self.in_features = base.nx if is_conv1d else base.in_features
@@ -138,3 +141,14 @@ class SMTLayer(BaseTunerLayer):
     def heal(self) -> None:
         """Put the base back if an interrupt cut a swap off; see `ops.swap`."""
         ops.heal(self.get_base_layer().weight)
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )

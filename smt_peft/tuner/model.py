@@ -15,6 +15,7 @@ from ..fingerprint import fingerprint
 from ..say import say
 from ..targets import DEFAULT_TARGETS
 from .delta import SMTBlocks
+from .embedding import Embedding
 from .layer import SMTLayer
 from .linear import Linear
 from .plan import Plan, check_base, make_plan
@@ -96,7 +97,8 @@ class SMTModel(BaseTuner):
         if isinstance(target, SMTLayer):
             target.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
             return
-        layer = Linear(target, current_key)
+        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        layer = (Embedding if isinstance(base, nn.Embedding) else Linear)(target, current_key)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
         if isinstance(parent, nn.TransformerEncoderLayer):

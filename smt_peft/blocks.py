@@ -196,7 +196,7 @@ class BlockLayout:
 
     @cached_property
     def row_starts(self) -> Tensor:
-        """Number of the first block of each row stripe, and B at the end, int64 `(R + 1,)`; for blocks sorted by row."""
+        """Number of the first block of each row stripe, then B, int64 `(R + 1,)`; for blocks sorted by row."""
         stripes = torch.arange(self.grid.row_stripes + 1, device=self.blocks.device)
         return torch.searchsorted(self.block_rows, stripes)
 

@@ -81,8 +81,8 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
         over_adapters: whether a target may carry an adapter of another method, as where the base is only read.
 
     Raises:
-        ValueError: nothing matches, or a match is no `nn.Linear`, `Conv1D` or `nn.Embedding`, is never called, is trained in
-            full, or carries an adapter of another method.
+        ValueError: nothing matches, or a match is no `nn.Linear`, `Conv1D` or `nn.Embedding`, is never called, is
+            trained in full or by token rows, or carries an adapter of another method.
     """
     everything = _is_all_linear(config)
     resolved = _resolved(model, config)
@@ -110,7 +110,27 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
         )
     if not targets:
         raise ValueError(_nothing_matched(model, config))
+    _check_token_rows(model, config, targets)
     return targets
+
+
+def _check_token_rows(model: nn.Module, config: SMTConfig, targets: dict[str, Target]) -> None:
+    """Raise `ValueError` when rows of a target are to be trained besides its blocks; PEFT wraps plain layers only."""
+    tokens = config.trainable_token_indices
+    if not tokens:
+        return
+    table = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    for name, target in targets.items():
+        named = isinstance(tokens, dict) and any(name == key or name.endswith("." + key) for key in tokens)
+        # Where the head is tied to the table, PEFT trains the same rows of both.
+        weight = getattr(table, "weight", None)
+        tied = weight is not None and not isinstance(tokens, dict) and target.module.weight is weight
+        if named or tied:
+            raise ValueError(
+                f"Target module {name} is named by trainable_token_indices too{' (its weight is tied)' * (not named)}: "
+                "its rows cannot be trained besides its blocks. Take it out of target_modules, or drop "
+                "trainable_token_indices and let blocks of whole rows, block_size=(1, -1), train token rows"
+            )
 
 
 def _is_all_linear(config: SMTConfig) -> bool:
@@ -153,7 +173,8 @@ def _as_target(name: str, module: nn.Module, over_adapters: bool) -> Target:
     if not is_supported(module):
         raise ValueError(
             f"Target module {name} is a {type(module).__name__}, which SMT does not support; it takes torch.nn.Linear, "
-            "torch.nn.Embedding and transformers' Conv1D. Name linear layers in target_modules, or add this one to exclude_modules"
+            "torch.nn.Embedding and transformers' Conv1D. Name such layers in target_modules, or add this one to "
+            "exclude_modules"
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise ValueError(

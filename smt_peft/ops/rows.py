@@ -188,7 +188,9 @@ def table_scores(
         sums_TK = sums_TK.abs_() if statistic == "abs" else sums_TK.square_()
     sums_TC = stripe_sums(sums_TK, grid.block_cols)
     stripe_T = _first_of_segment(sorted_T, segment_T) // grid.block_rows
-    return torch.ops.aten.embedding_dense_backward(sums_TC, stripe_T, grid.row_stripes, -1, False)
+    # In fp64, as a stripe may hold every token of the batch, and they are added one after the other.
+    sums_RC = torch.ops.aten.embedding_dense_backward(sums_TC.double(), stripe_T, grid.row_stripes, -1, False)
+    return sums_RC.to(sums_TC.dtype)
 
 
 def table_grad(

@@ -253,8 +253,7 @@ def _make_taps(
         for target in targets.values():
             check_readable(target, config.score_name)
     scores = {
-        name: _gradient_score(target, grids[name], config.score, accumulator_device)
-        for name, target in targets.items()
+        name: _gradient_score(target, grids[name], config.score, accumulator_device) for name, target in targets.items()
     }
     sums = [score.dense for score in scores.values() if score.dense is not None]
     if sums:

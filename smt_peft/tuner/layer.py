@@ -32,6 +32,8 @@ class SMTLayer(BaseTunerLayer):
         # Per merged adapter the blocks of the weight as they were and where, so that unmerging restores them bit for
         # bit, whatever has been loaded into the adapter since.
         self._originals: dict[str, tuple[BlockLayout, Tensor]] = {}
+        # What has been merged into the weight, in order: by this layer and, where the weight is tied, by others.
+        self._merges: list[tuple[SMTLayer, str]] = []
         self._told: str | None = None
         base = self.get_base_layer()
         if isinstance(base, nn.Embedding):
@@ -103,6 +105,7 @@ class SMTLayer(BaseTunerLayer):
             original, merged = self._merged_blocks(adapter)
             ops.block_scatter_(self.weight_view().data, merged, layout)
             self._originals[adapter] = layout, original
+            self._merges.append((self, adapter))
             self.merged_adapters.append(adapter)
 
     def check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -126,9 +129,13 @@ class SMTLayer(BaseTunerLayer):
         return original, ops.add_rounded(original, blocks.weight.detach())
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
-        for adapter in list(reversed(self.merged_adapters)):
-            self._unmerge_one(adapter)
+        """Put the base weight back, bit for bit.
+
+        What a layer with the same (tied) weight has merged since is taken out too: it was merged on top of this.
+        """
+        while self.merged_adapters:
+            layer, adapter = self._merges.pop()
+            layer._unmerge_one(adapter)
 
     def _unmerge_one(self, adapter: str) -> None:
         weight = self.weight_view().data

@@ -135,9 +135,14 @@ class SMTModel(BaseTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Look at every layer before the first is written."""
+        """Look at every layer before the first is written; layers that share a weight keep one record of merges."""
+        records: dict[int, list] = {}
         for layer in _layers_of(self.model):
             layer.check_merge(adapter_names, safe_merge)
+            record = records.setdefault(id(layer.get_base_layer().weight), layer._merges)
+            if layer._merges is not record:
+                record.extend(layer._merges)
+                layer._merges = record
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

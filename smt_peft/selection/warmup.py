@@ -76,7 +76,7 @@ def select_blocks(
     if config.needs_data:
         _check_loader(dataloader, config)
         _check_weights(base, targets)
-        grids = {name: config.grid(target.shape) for name, target in targets.items()}
+        grids = {name: config.grid(target.shape, name) for name, target in targets.items()}
         taps = _make_taps(targets, grids, config, accumulator_device)
         seen = _warm_up(model, config, taps, dataloader, num_batches, loss_fn, progress)
         scores = _finish(taps, seen)

@@ -1,8 +1,9 @@
 """Hot-swapping: the blocks of a saved adapter loaded in place of those of a loaded one.
 
 `peft.utils.hotswap.hotswap_adapter` refuses every method but LoRA, since it sets LoRA's ranks and scalings; this is its
-counterpart of the same name. Tensors are overwritten in place, so a model compiled for `torch.no_grad()` is not compiled
-anew; where gradients are recorded, its graph depends on how many columns the blocks touch.
+counterpart of the same name. Tensors are overwritten in place, so linear layers compiled for `torch.no_grad()` are not
+compiled anew. Where gradients are recorded, a graph depends on how many columns the blocks touch; that of an embedding
+always depends on how many blocks its fullest row stripe holds.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import ops
 from ..blocks import BlockGrid, BlockLayout
 from ..config import SMTConfig
+from ..say import once
 from .delta import SMTBlocks
 from .gate import why_not_merged
 
@@ -88,6 +89,7 @@ class SMTLayer(BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # A block-sparse delta is of high rank: a low-rank copy would silently lose most of it.
+        once("smt_peft.export.lora.convert_to_lora makes the LoRA form of an SMT adapter and tells how much it keeps")
         return False
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import subprocess
 import sys
 
@@ -298,26 +299,28 @@ class TestTied:
                 get_peft_model(tiny_llama(tied=True), config)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("which", TIED)
-@pytest.mark.parametrize("save_embedding_layers", ["auto", False])
-def test_saved_and_reloaded_in_a_fresh_process(tmp_path, tied, which, save_embedding_layers):
-    tiny_llama(tied=tied).save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    config = SMTConfig(**SETTINGS, target_modules=TIED[which])
-    config.selection = select_blocks(base, config, None)
-    model = get_peft_model(base, config).eval()
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=save_embedding_layers)
-    torch.save({"batch": batch(), "logits": model(**batch()).logits.detach()}, tmp_path / "expected.pt")
+def test_saved_and_reloaded_in_a_fresh_process(tmp_path):
+    paths = []
+    for tied, which, saving in itertools.product([False, True], TIED, ["auto", False]):
+        path = tmp_path / f"{tied}-{which}-{saving}"
+        tiny_llama(tied=tied).save_pretrained(path / "base")
+        base = AutoModelForCausalLM.from_pretrained(path / "base")
+        config = SMTConfig(**SETTINGS, target_modules=TIED[which])
+        config.selection = select_blocks(base, config, None)
+        model = get_peft_model(base, config).eval()
+        model.save_pretrained(path / "adapter", save_embedding_layers=saving)
+        torch.save({"batch": batch(), "logits": model(**batch()).logits.detach()}, path / "expected.pt")
+        paths.append(str(path))
     code = """
 import sys, torch, smt_peft
 from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1] + "/adapter").eval()
-expected = torch.load(sys.argv[1] + "/expected.pt")
-assert torch.equal(model(**expected["batch"]).logits, expected["logits"])
+for path in sys.argv[1:]:
+    model = AutoPeftModelForCausalLM.from_pretrained(path + "/adapter").eval()
+    expected = torch.load(path + "/expected.pt")
+    assert torch.equal(model(**expected["batch"]).logits, expected["logits"]), path
 print("equal")
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
     assert done.stdout.strip().endswith("equal"), done.stderr
 
 

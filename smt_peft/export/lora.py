@@ -175,8 +175,8 @@ def _exact(weight: Tensor, layout: BlockLayout, rows_R: np.ndarray, cols_C: np.n
     cols_K = _members(torch.from_numpy(np.flatnonzero(cols_C)).to(device), grid.block_cols, grid.cols)
     by_row_NK, by_col_NK = (ops.dense(torch.where(mask, weight, 0), layout) for mask in (in_rows_B, ~in_rows_B))
     pick_rows_kN, pick_cols_kK = weight.new_zeros(len(rows_N), grid.rows), weight.new_zeros(len(cols_K), grid.cols)
-    pick_rows_kN[torch.arange(len(rows_N)), rows_N] = 1
-    pick_cols_kK[torch.arange(len(cols_K)), cols_K] = 1
+    pick_rows_kN[torch.arange(len(rows_N), device=device), rows_N] = 1
+    pick_cols_kK[torch.arange(len(cols_K), device=device), cols_K] = 1
     return torch.cat((pick_rows_kN.t(), by_col_NK[:, cols_K]), 1), torch.cat((by_row_NK[rows_N], pick_cols_kK))
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..blocks import BlockGrid, BlockLayout
@@ -23,21 +23,21 @@ from .scores import stripe_sums
 
 
 class LookUps(TorchFunctionMode):
-    """While it is entered, what is looked up in `weight` passes through `change`, in whatever module that happens.
+    """While it is entered, what is looked up in the weight of `table` passes through `change`.
 
     An embedding layer may scale or normalise the rows it looks up; a delta of its table belongs before that.
 
     Args:
-        weight: the table.
+        table: the layer; its weight is asked for at each look-up, since hosts that shard or offload exchange it.
         change: `(rows, ids) -> rows`.
 
     Attributes:
         seen: how many look-ups there were.
     """
 
-    def __init__(self, weight: Tensor, change: Callable[[Tensor, Tensor], Tensor]):
+    def __init__(self, table: nn.Module, change: Callable[[Tensor, Tensor], Tensor]):
         super().__init__()
-        self.weight, self.change, self.seen = weight, change, 0
+        self.table, self.change, self.seen = table, change, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -45,7 +45,7 @@ class LookUps(TorchFunctionMode):
         if func is not F.embedding:
             return rows
         ids, weight = (*args, *(kwargs[name] for name in ("input", "weight")[len(args) :]))[:2]
-        if weight is not self.weight:
+        if weight is not self.table.weight:
             return rows
         self.seen += 1
         return self.change(rows, ids)

@@ -46,7 +46,7 @@ def look_ups_tapped(table: nn.Embedding, tap: Callable[[Tensor, Tensor], Tensor]
     forward, replaced = table.forward, "forward" in vars(table)
 
     def tapped(*args, **kwargs):
-        with ops.LookUps(table.weight, tap):
+        with ops.LookUps(table, tap):
             return forward(*args, **kwargs)
 
     table.forward = tapped

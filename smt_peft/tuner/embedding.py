@@ -44,7 +44,7 @@ class Embedding(nn.Module, SMTLayer):
         base = self.get_base_layer()
         if type(base).forward is nn.Embedding.forward:
             return change(self.base_layer(x, *args, **kwargs), x)
-        with ops.LookUps(base.weight, change) as look_ups:
+        with ops.LookUps(base, change) as look_ups:
             y = self.base_layer(x, *args, **kwargs)
         # Compilers cannot ask.
         if not torch.compiler.is_compiling() and look_ups.seen == 0:

@@ -122,9 +122,9 @@ class Scaled(nn.Embedding):
 def test_look_ups_are_changed_before_the_layer_scales_them():
     table, other = Scaled(10, 4), nn.Embedding(10, 4)
     ids = torch.arange(6)
-    with ops.LookUps(table.weight, lambda rows, ids: rows + ids[:, None]) as look_ups:
+    with ops.LookUps(table, lambda rows, ids: rows + ids[:, None]) as look_ups:
         changed, untouched = table(ids), other(ids)
     assert look_ups.seen == 1 and torch.equal(untouched, other(ids))
     assert torch.equal(changed, (table.weight[:6] + ids[:, None]) * 3)
-    with ops.LookUps(table.weight, lambda rows, ids: rows * 0):
+    with ops.LookUps(table, lambda rows, ids: rows * 0):
         assert not F.embedding(weight=table.weight, input=ids).any()

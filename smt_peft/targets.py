@@ -29,7 +29,7 @@ _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 @dataclass(frozen=True)
 class Target:
-    """One module a config names.
+    """One module a config names. The weight of an embedding is a `(num_embeddings, embedding_dim)` matrix.
 
     Args:
         name: as in `model.named_modules()`.
@@ -53,6 +53,8 @@ class Target:
     def shape(self) -> tuple[int, int]:
         """`(out_features, in_features)`, as the layer states them: a packed weight may have another shape."""
         module = self.module
+        if isinstance(module, nn.Embedding):
+            return module.num_embeddings, module.embedding_dim
         return (module.nf, module.nx) if self.transposed else (module.out_features, module.in_features)
 
     @property
@@ -64,7 +66,7 @@ class Target:
 
 
 def is_supported(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
 
 
 def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = False) -> dict[str, Target]:
@@ -81,8 +83,8 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
 
     Raises:
         NoMatchingPeftModuleError: nothing matches; a `ValueError`, as the other.
-        ValueError: a match is neither a `nn.Linear` nor a `Conv1D`, is never called, is trained in
-            full, or carries an adapter of another method.
+        ValueError: a match is no `nn.Linear`, `Conv1D` or `nn.Embedding`, is never called, is trained in full or by
+            token rows, or carries an adapter of another method.
     """
     everything = _is_all_linear(config)
     resolved = _resolved(model, config)
@@ -112,7 +114,27 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
         )
     if not targets:
         raise NoMatchingPeftModuleError(_nothing_matched(model, config))
+    _check_token_rows(model, config, targets)
     return targets
+
+
+def _check_token_rows(model: nn.Module, config: SMTConfig, targets: dict[str, Target]) -> None:
+    """Raise `ValueError` when rows of a target are to be trained besides its blocks; PEFT wraps plain layers only."""
+    tokens = config.trainable_token_indices
+    if not tokens:
+        return
+    table = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    for name, target in targets.items():
+        named = isinstance(tokens, dict) and any(name == key or name.endswith("." + key) for key in tokens)
+        # Where the head is tied to the table, PEFT trains the same rows of both.
+        weight = getattr(table, "weight", None)
+        tied = weight is not None and not isinstance(tokens, dict) and target.module.weight is weight
+        if named or tied:
+            raise ValueError(
+                f"Target module {name} is named by trainable_token_indices too{' (its weight is tied)' * (not named)}: "
+                "its rows cannot be trained besides its blocks. Take it out of target_modules, or drop "
+                "trainable_token_indices and let blocks of whole rows, block_size=(1, -1), train token rows"
+            )
 
 
 def _is_all_linear(config: SMTConfig) -> bool:
@@ -161,8 +183,15 @@ def _as_target(name: str, module: nn.Module, over_adapters: bool) -> Target:
         is_merged, module = module.merged, module.get_base_layer()
     if not is_supported(module):
         raise ValueError(
-            f"Target module {name} is a {type(module).__name__}, which SMT does not support; it takes torch.nn.Linear "
-            "and transformers' Conv1D. Name linear layers in target_modules, or add this one to exclude_modules"
+            f"Target module {name} is a {type(module).__name__}, which SMT does not support; it takes torch.nn.Linear, "
+            "torch.nn.Embedding and transformers' Conv1D. Name such layers in target_modules, or add this one to "
+            "exclude_modules"
+        )
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise ValueError(
+            f"Target module {name} is an embedding with max_norm={module.max_norm}: every look-up rescales rows of its "
+            "weight in place, so there is no frozen base to add blocks to. Set its max_norm to None, or add it to "
+            "exclude_modules"
         )
     if isinstance(module, NonDynamicallyQuantizableLinear):
         raise ValueError(
@@ -190,7 +219,8 @@ def _nothing_matched(model: nn.Module, config: SMTConfig) -> str:
             continue
         if isinstance(module, _WRAPPERS):
             inside += (name + ".",)
-        if is_supported(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if is_supported(module) and not isinstance(module, nn.Embedding):
             names.add(name.rsplit(".", 1)[-1])
     message = f"Target modules {config.target_modules} not found in the base model. "
     if config.exclude_modules:

@@ -39,6 +39,16 @@ def merge_adapter(adapter_dir: str | Path, out_dir: str | Path) -> None:
     aside.rename(out_dir)
 
 
+def load_adapter(adapter_dir: str | Path) -> PeftModel:
+    """A saved adapter on the base that it names.
+
+    Raises:
+        FileNotFoundError: there is no adapter in `adapter_dir`.
+        ValueError: the adapter names no base, or does not fit it.
+    """
+    return PeftModel.from_pretrained(_load_base(_base_of(Path(adapter_dir))), adapter_dir)
+
+
 def _base_of(adapter_dir: Path) -> str:
     file = adapter_dir / "adapter_config.json"
     if not file.is_file():

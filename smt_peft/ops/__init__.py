@@ -10,6 +10,7 @@ swap_matmul     dX = dY round(W + delta)
 block_adamw_    AdamW on all blocks of a model
 block_linear    Y = X (W + delta)^T + bias, with the gradients of X and delta
 block_add       Y = base output + X delta^T, for a base layer that is opaque
+block_rows_add  rows of W + delta from those of W, for an embedding table
 
 `operations` has the first eight, `dispatch` says which backend serves them, `library` shows them to compilers.
 """
@@ -28,10 +29,12 @@ from .operations import (
     swap_matmul,
 )
 from .reference import add_rounded, block_product, dense
+from .rows import LookUps, block_rows_add, table_grad, table_scores
 from .scores import block_sums, dense_grad, stripe_sums
 from .swap import heal
 
 __all__ = [
+    "LookUps",
     "add_rounded",
     "block_adamw_",
     "block_add",
@@ -41,6 +44,7 @@ __all__ = [
     "block_linear",
     "block_matmul_",
     "block_product",
+    "block_rows_add",
     "block_scatter_",
     "block_scores",
     "block_sums",
@@ -53,5 +57,7 @@ __all__ = [
     "stripe_sums",
     "swap_linear",
     "swap_matmul",
+    "table_grad",
+    "table_scores",
     "use_backend",
 ]

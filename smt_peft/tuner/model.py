@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from ..config import SMTConfig
 from ..fingerprint import fingerprint
 from ..say import say
 from ..targets import DEFAULT_TARGETS
+from .combination import check_combination, combined_config, weighted_sum
 from .delta import SMTBlocks
+from .embedding import Embedding
 from .layer import SMTLayer
 from .linear import Linear
 from .plan import Plan, check_base, make_plan
@@ -97,7 +100,8 @@ class SMTModel(BaseTuner):
         if isinstance(target, SMTLayer):
             target.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
             return
-        layer = Linear(target, current_key)
+        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        layer = (Embedding if isinstance(base, nn.Embedding) else Linear)(target, current_key)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
         if isinstance(parent, nn.TransformerEncoderLayer):
@@ -112,6 +116,45 @@ class SMTModel(BaseTuner):
             # Unloading: the module goes back as it is. PEFT would copy the wrapper's weight into it, which is no
             # Parameter where token rows are trained.
             setattr(parent, child_name, new_module)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose delta is the weighted sum of those of others: exact, over the union of their blocks.
+
+        The new adapter is neither active nor trainable, and is saved and loaded like any other. Adapters of different
+        block sizes are combined in the largest blocks that tile all of them.
+
+        Args:
+            adapters: names of adapters of this model.
+            weights: one finite factor for each, also negative.
+            adapter_name: name of the new adapter.
+            combination_type: `"linear"`, the weighted sum.
+
+        Raises:
+            ValueError: an adapter is missing or trains more than blocks, a weight is not finite, the name is taken, or
+                another `combination_type` is asked for. Nothing has been added then.
+        """
+        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
+        sums = {}
+        for layer in _layers_of(self.model):
+            pairs = zip(adapters, weights, strict=True)
+            if parts := [(layer.smt_blocks[name], factor) for name, factor in pairs if name in layer.smt_blocks]:
+                sums[layer.smt_name] = weighted_sum(parts)
+        grids = {name: grid for name, (grid, _, _) in sums.items()}
+        blocks = {name: index.cpu() for name, (_, index, _) in sums.items()}
+        self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], grids, blocks)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        with torch.no_grad():
+            for layer in _layers_of(self.model):
+                if layer.smt_name in sums:
+                    layer.smt_blocks[adapter_name].weight.copy_(sums[layer.smt_name][2])
+        for module in _blocks_of(self.model, adapter_name).values():
+            module.requires_grad_(False)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge(safe_merge, adapter_names)
@@ -134,9 +177,14 @@ class SMTModel(BaseTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Look at every layer before the first is written."""
+        """Look at every layer before the first is written; layers that share a weight keep one record of merges."""
+        records: dict[int, list] = {}
         for layer in _layers_of(self.model):
             layer.check_merge(adapter_names, safe_merge)
+            record = records.setdefault(id(layer.get_base_layer().weight), layer._merges)
+            if layer._merges is not record:
+                record.extend(layer._merges)
+                layer._merges = record
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

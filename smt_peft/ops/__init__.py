@@ -10,6 +10,7 @@ swap_matmul     dX = dY round(W + delta)
 block_adamw_    AdamW on all blocks of a model
 block_linear    Y = X (W + delta)^T + bias, with the gradients of X and delta
 block_add       Y = base output + X delta^T, for a base layer that is opaque
+block_overlay   Y = X round(W + delta)^T + bias, where W is packed and dequantised for each pass
 
 `operations` has the first eight, `dispatch` says which backend serves them, `library` shows them to compilers.
 """
@@ -27,6 +28,7 @@ from .operations import (
     swap_linear,
     swap_matmul,
 )
+from .overlay import block_overlay
 from .reference import add_rounded, block_product, dense
 from .scores import block_sums, dense_grad, stripe_sums
 from .swap import heal
@@ -40,6 +42,7 @@ __all__ = [
     "block_grad",
     "block_linear",
     "block_matmul_",
+    "block_overlay",
     "block_product",
     "block_scatter_",
     "block_scores",

@@ -330,11 +330,19 @@ def unpacked_numel(parameter: Tensor) -> int:
 
 
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:
-    """How Transformers quantised a model: the `quantization_config` of its config in JSON values; None: not at all."""
-    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    """How Transformers quantised a model, in JSON values; None: not at all.
+
+    Returns:
+        The `quantization_config` of its config, and under `dtype` the dtype the model was loaded in, which decides
+        what was quantised.
+    """
+    config = getattr(model, "config", None)
+    found = getattr(config, "quantization_config", None)
     if found is None:
         return None
-    return json.loads(json.dumps(found if isinstance(found, dict) else found.to_dict(), default=str))
+    settings = json.loads(json.dumps(found if isinstance(found, dict) else found.to_dict(), default=str))
+    dtype = getattr(config, "dtype", None)
+    return settings if dtype is None else {**settings, "dtype": str(dtype).removeprefix("torch.")}
 
 
 def keep_exact(model: nn.Module) -> None:

@@ -151,9 +151,7 @@ class Bitsandbytes8bit(Format):
 
     def why_not_read(self, layer):
         if layer.weight.dtype != torch.int8:
-            return (
-                f"the weight is stored as {layer.weight.dtype}: not quantised yet, or kept in 16 bits by has_fp16_weights"
-            )
+            return f"the weight is stored as {layer.weight.dtype}: not quantised yet, or kept in 16 bits by has_fp16_weights"
         return None
 
     def why_not_exact(self, layer):

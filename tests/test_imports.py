@@ -33,6 +33,7 @@ ALLOWED = {
         "fingerprint",
         "ops",
         "optim",
+        "packed",
         "report",
         "say",
         "selection",

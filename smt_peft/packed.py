@@ -151,7 +151,7 @@ class Bitsandbytes8bit(Format):
 
     def why_not_read(self, layer):
         if layer.weight.dtype != torch.int8:
-            return f"the weight is stored as {layer.weight.dtype}: not quantised yet, or kept in 16 bits by has_fp16_weights"
+            return f"the weight is {layer.weight.dtype}: not quantised yet, or kept in 16 bits by has_fp16_weights"
         return None
 
     def why_not_exact(self, layer):
@@ -237,8 +237,8 @@ class Torchao(Format):
     def why_not_written(self, layer):
         if self.get_config is None:
             return (
-                "how torchao quantised it is not known; load the model through transformers with a TorchAoConfig, which "
-                "records that"
+                "how torchao quantised it is not known; load the model through transformers with a TorchAoConfig, "
+                "which records that"
             )
         return self.why_not_read(layer)
 

@@ -108,7 +108,7 @@ def test_importing_the_package_loads_no_triton_trl_or_cuda():
 import sys, torch
 sys.modules["triton"] = None
 import smt_peft
-heavy = {"trl", "datasets", "torchao", "hqq", "matplotlib", "smt_peft.ops.native", "smt_peft.ops.triton"} & set(sys.modules)
+heavy = {"trl", "datasets", "matplotlib", "smt_peft.ops.native", "smt_peft.ops.triton"} & set(sys.modules)
 assert not heavy, heavy
 assert not torch.cuda.is_initialized()
 print("light")

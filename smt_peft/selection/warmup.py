@@ -51,7 +51,8 @@ def select_blocks(
     own part of the data.
 
     Args:
-        model: any model whose targets are `nn.Linear`, `Conv1D` or quantised linear layers; of a `PeftModel`, the base is scored, adapters off.
+        model: any model whose targets are `nn.Linear`, `Conv1D` or quantised linear layers; of a `PeftModel`, the
+            base is scored, adapters off.
         config: says which modules, which score and how much.
         dataloader: batches. A mapping is called as `model(**batch)`, a tuple or list as `model(*batch)`; the loss is
             the output itself when it is a scalar, else its `loss`. Not needed for a score without data.

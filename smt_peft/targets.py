@@ -191,8 +191,8 @@ def _as_target(name: str, module: nn.Module, over_adapters: bool) -> Target:
     if not is_supported(module):
         raise ValueError(
             f"Target module {name} is a {type(module).__name__}, which SMT does not support; it takes torch.nn.Linear, "
-            "transformers' Conv1D and quantised linear layers. Name linear layers in target_modules, or add this one to "
-            "exclude_modules"
+            "transformers' Conv1D and quantised linear layers. Name linear layers in target_modules, or add this one "
+            "to exclude_modules"
         )
     if isinstance(module, NonDynamicallyQuantizableLinear):
         raise ValueError(

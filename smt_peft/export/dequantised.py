@@ -65,7 +65,15 @@ def _plain(module: nn.Module) -> nn.Linear:
 
 
 def _forget(model: PreTrainedModel) -> None:
-    """Transformers' marks of a quantised model, which would be saved with it and refuse it a cast."""
+    """Transformers' marks of a quantised model, which would be saved with it, refuse it a cast, or pack it again."""
+    conversions = getattr(model, "_weight_conversions", None)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if conversions and quantizer is not None:
+        # Those that read a packed checkpoint would be undone when the model is saved.
+        packing = {type(step) for part in quantizer.get_weight_conversions() for step in part.operations}
+        model._weight_conversions = [
+            part for part in conversions if not packing & {type(step) for step in getattr(part, "operations", ())}
+        ]
     for owner, name in (
         (model.config, "quantization_config"),
         (model, "hf_quantizer"),

@@ -77,8 +77,7 @@ class QuantisedLinear(Linear):
         blocks = self.smt_blocks[active[0]]
         if reason := self.format.why_not_read(base) or why_not_bypassed(self.base_layer, blocks):
             return reason
-        bias = getattr(base, "bias", None)
-        if bias is not None and bias.requires_grad:
+        if any(parameter.requires_grad for parameter in base.parameters()):
             return "the base layer is trained too"
         if type(blocks.weight) is not nn.Parameter or blocks.weight.device != x.device:
             return "the blocks are sharded or on another device"
@@ -90,10 +89,11 @@ class QuantisedLinear(Linear):
     def _overlay_forward(self, x: Tensor, blocks: nn.Module) -> Tensor:
         self._told = "overlay"
         base = self.get_base_layer()
+        # HQQ's is no parameter, though it may say that it requires a gradient.
+        bias = None if base.bias is None else base.bias.detach()
         cast = self.format.compute_dtype(base, x)
-        read = partial(self.format.read, base)
         operand = x if cast is None else x.to(cast)
-        y = ops.block_overlay(operand, read, getattr(base, "bias", None), blocks.weight, blocks.layout())
+        y = ops.block_overlay(operand, partial(self.format.read, base), bias, blocks.weight, blocks.layout())
         return y if cast is None else y.to(x.dtype)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -44,6 +44,15 @@ class Format:
         """Why the layer computes something else than a product with the weight that `read` gives."""
         return self.why_not_read(layer)
 
+    def why_not_replaced(self, layer: nn.Module) -> str | None:
+        """Why a product with the weight that `read` gives must not stand in for the layer's own forward."""
+        own = getattr(self._library_class(), "forward", None)
+        return None if type(layer).forward is own else f"a {type(layer).__name__} has a forward of its own"
+
+    def _library_class(self) -> type | None:
+        """The class whose forward is known."""
+        return None
+
     def read(self, layer: nn.Module) -> Tensor:
         """The dequantised weight, `(out_features, in_features)`: a new contiguous float tensor, the caller's to write.
 
@@ -85,9 +94,15 @@ class Bitsandbytes4bit(Format):
     def __init__(self):
         super().__init__("bitsandbytes (4-bit)")
 
+    def _library_class(self):
+        return _loaded("bitsandbytes.nn", "Linear4bit")
+
     def why_not_read(self, layer):
-        if _state_of(layer) is None:
+        state, weight = _state_of(layer), layer.weight
+        if state is None:
             return "the 4-bit weight is not quantised yet; move the model to its device first"
+        if _is_sharded(weight) or weight.numel() * weight.element_size() != -(-math.prod(state.shape) // 2):
+            return "the weight is sharded"
         return None
 
     def why_not_exact(self, layer):
@@ -152,9 +167,14 @@ class Bitsandbytes8bit(Format):
     def __init__(self):
         super().__init__("bitsandbytes (8-bit)")
 
+    def _library_class(self):
+        return _loaded("bitsandbytes.nn", "Linear8bitLt")
+
     def why_not_read(self, layer):
         if layer.weight.dtype != torch.int8:
             return f"the weight is {layer.weight.dtype}: not quantised yet, or kept in 16 bits by has_fp16_weights"
+        if _is_sharded(layer.weight) or layer.weight.shape != (layer.out_features, layer.in_features):
+            return "the weight is sharded"
         return None
 
     def why_not_exact(self, layer):
@@ -198,6 +218,9 @@ class Hqq(Format):
     def __init__(self):
         super().__init__("HQQ")
 
+    def _library_class(self):
+        return _loaded("hqq.core.quantize", "HQQLinear")
+
     def why_not_read(self, layer):
         return None if getattr(layer, "ready", False) else "the layer is not quantised yet"
 
@@ -233,6 +256,9 @@ class Torchao(Format):
     def __init__(self, get_config: Callable[[], Any] | None = None):
         super().__init__("torchao")
         self.get_config = get_config
+
+    def _library_class(self):
+        return nn.Linear
 
     def why_not_read(self, layer):
         return None if hasattr(layer.weight, "dequantize") else f"a {type(layer.weight).__name__} has no dequantize()"
@@ -392,9 +418,18 @@ def _state_of(layer: nn.Module) -> Any:
     return getattr(layer, "quant_state", None) if state is None else state
 
 
+def _loaded(module: str, name: str) -> type | None:
+    return getattr(sys.modules.get(module), name, None)
+
+
 def _is_a(thing: Any, module: str, name: str) -> bool:
-    cls = getattr(sys.modules.get(module), name, None)
+    cls = _loaded(module, name)
     return cls is not None and isinstance(thing, cls)
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    """Whether ZeRO-3 or a DTensor holds only a part of it here."""
+    return hasattr(weight, "ds_id") or hasattr(weight, "placements")
 
 
 def _has_sides(layer: nn.Module) -> bool:

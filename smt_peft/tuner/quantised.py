@@ -23,7 +23,7 @@ class QuantisedLinear(Linear):
     `overlay` dequantises the weight as the library's training does, writes the blocks of base + delta into that
     temporary and runs one GEMM: what a plain layer that holds the dequantised weight computes, bit for bit. It serves
     training. In evaluation `additive` leaves the base to the library's kernel, which reads the packed weight; so it
-    does wherever `overlay` is impossible.
+    does wherever `overlay` is impossible: in a compiled model, with several active adapters, with hooks on the base.
 
     Args:
         get_config: see `packed.Torchao`.
@@ -75,7 +75,10 @@ class QuantisedLinear(Linear):
         if torch.compiler.is_compiling():
             return "the model is compiled"
         blocks = self.smt_blocks[active[0]]
-        if reason := self.format.why_not_read(base) or why_not_bypassed(self.base_layer, blocks):
+        if self.base_layer is not base:
+            return f"the base layer is a {type(self.base_layer).__name__}"
+        reason = self.format.why_not_read(base) or self.format.why_not_replaced(base)
+        if reason := reason or why_not_bypassed(base, blocks):
             return reason
         if any(parameter.requires_grad for parameter in base.parameters()):
             return "the base layer is trained too"
@@ -100,8 +103,8 @@ class QuantisedLinear(Linear):
         y = self.base_layer(x, *args, **kwargs)
         if self.training and x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
             once(
-                f"{self.smt_name}: the kernel of this layer ({self.format.name}) hands no gradient on to its input, so "
-                "layers below learn from part of theirs only; "
+                f"the kernel of the base layers ({self.format.name}) hands no gradient on to its input, so layers "
+                "below learn from part of theirs only; "
                 + (self.format.why_not_read(self.get_base_layer()) or "forward='overlay' gives them all of it")
             )
         return y

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from smt_peft import SMTConfig, ops, select_blocks
+from smt_peft import SMTConfig, ops, say, select_blocks
 from smt_peft.optim import SMTAdamW
 from smt_peft.tuner.linear import Linear
 from smt_peft.tuner.quantised import QuantisedLinear
@@ -438,12 +438,27 @@ class TestForwardOnly:
     def test_a_kernel_that_drops_the_gradient_is_told_of(self, caplog):
         caplog.set_level("INFO", logger="smt_peft")
         # torchao's dynamic activation quantisation (0.18): its output depends on the bias alone.
-        model = adapted(packed_net("torchao dynamic"), init_weights=True).train()
-        model.base_model.model.up.smt_name = "dropped"
-        x = probe()
-        model(x)
-        assert "dropped: the kernel of this layer (torchao) hands no gradient on" in caplog.text
+        say._said.clear()
+        model = adapted(packed_net("torchao dynamic")).train()
+        model(probe())
+        assert "the kernel of the base layers (torchao) hands no gradient on" in caplog.text
         assert told(model) == {"forward=additive"}
+        # Asked for by name, the overlay computes on the dequantised weight, and hands all of it on.
+        caplog.clear()
+        ours, plain = both("torchao dynamic", forward="overlay")
+        assert_same(results(ours.train(), probe()), results(plain.train(), probe()))
+
+    def test_a_subclass_with_a_forward_of_its_own_is_called(self):
+        net = packed_net("nf4")
+
+        class Louder(type(net.up)):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        net.up.__class__ = Louder
+        model = adapted(net, init_weights=True).train()
+        layer, x = model.base_model.model.up, probe()
+        assert torch.equal(layer(x), layer.base_layer(x)) and layer.extra_repr() == "forward=additive"
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import SMTConfig
+from .fingerprint import Weight
+from .packed import format_of, is_packed, stored
 from .say import once
 
 # What PEFT puts around a module; the module is named by its outer name, whatever lies inside.
@@ -45,8 +47,8 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as an `(out_features, in_features)` view."""
-        weight = self.module.weight
+        """The weight as an `(out_features, in_features)` view; a packed one as it is stored."""
+        weight = stored(self.module)
         return weight.t() if self.transposed else weight
 
     @property
@@ -60,13 +62,46 @@ class Target:
     @property
     def has_plain_weight(self) -> bool:
         """Whether the weight is stored element by element in 16 bits or more, so that its values can be read."""
-        weight = self.module.weight
+        weight = self.weight
         plain = weight.is_floating_point() and weight.dtype.itemsize >= 2 and weight.ndim == 2
-        return plain and tuple(self.weight.shape) == self.shape
+        return plain and tuple(weight.shape) == self.shape and not is_packed(self.module)
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether `read` can give the weight's values."""
+        packed = format_of(self.module)
+        return self.has_plain_weight if packed is None else packed.why_not_read(self.module) is None
+
+    def read(self) -> Tensor:
+        """The weight in floats, `(out_features, in_features)`: the one above, or a quantised one dequantised.
+
+        Raises:
+            ValueError: a quantised weight cannot be dequantised.
+        """
+        packed = format_of(self.module)
+        return self.weight if packed is None else packed.read(self.module)
+
+    @property
+    def evidence(self) -> Weight:
+        """What a fingerprint is taken of."""
+        return evidence_of(self.module, self.weight)
 
 
 def is_supported(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) or is_packed(module)
+
+
+def evidence_of(module: nn.Module, weight: Tensor) -> Weight:
+    """What a fingerprint is taken of: `weight` as it is, or what dequantises it where it is packed."""
+    packed = format_of(module)
+    if packed is None or packed.why_not_read(module):
+        return weight
+
+    def dequantised() -> tuple[Tensor, Tensor]:
+        values = packed.read(module)
+        return values, packed.half_step(module, values)
+
+    return dequantised
 
 
 def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = False) -> dict[str, Target]:
@@ -150,7 +185,12 @@ def _resolved(model: nn.Module, config: SMTConfig) -> SMTConfig:
         if model_type not in DEFAULT_TARGETS:
             raise ValueError("Please specify `target_modules` in `peft_config`")
         resolved.target_modules = DEFAULT_TARGETS[model_type]
-    return _maybe_include_all_linear_layers(resolved, model)
+    everything = _is_all_linear(resolved)
+    resolved = _maybe_include_all_linear_layers(resolved, model)
+    if everything:
+        # Of quantised layers PEFT knows those that are an `nn.Linear`.
+        resolved.target_modules |= {name for name, module in model.named_modules() if is_packed(module)}
+    return resolved
 
 
 def _lies_in_layers(name: str, config: SMTConfig) -> bool:
@@ -184,8 +224,8 @@ def _as_target(name: str, module: nn.Module, over_adapters: bool) -> Target:
     if not is_supported(module):
         raise ValueError(
             f"Target module {name} is a {type(module).__name__}, which SMT does not support; it takes torch.nn.Linear, "
-            "torch.nn.Embedding and transformers' Conv1D. Name such layers in target_modules, or add this one to "
-            "exclude_modules"
+            "torch.nn.Embedding, transformers' Conv1D and quantised linear layers. Name such layers in target_modules, "
+            "or add this one to exclude_modules"
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise ValueError(

@@ -13,16 +13,17 @@ PACKAGE = Path(__file__).parent.parent / "smt_peft"
 ALLOWED = {
     "blocks": set(),
     "fingerprint": set(),
+    "packed": {"say"},
     "say": set(),
     "_register": {"config", "tuner"},
     "config": {"blocks"},
     "ops": {"blocks", "say"},
     "optim": {"ops", "say"},
     "bench": {"blocks", "ops", "say"},
-    "targets": {"config", "say"},
-    "selection": {"blocks", "config", "fingerprint", "ops", "say", "targets"},
-    "tuner": {"blocks", "config", "fingerprint", "ops", "say", "selection", "targets"},
-    "export": {"blocks", "config", "ops", "say", "tuner"},
+    "targets": {"config", "fingerprint", "packed", "say"},
+    "selection": {"blocks", "config", "fingerprint", "ops", "packed", "say", "targets"},
+    "tuner": {"blocks", "config", "fingerprint", "ops", "packed", "say", "selection", "targets"},
+    "export": {"blocks", "config", "ops", "packed", "say", "tuner"},
     "report": {"blocks", "config", "export", "ops", "say"},
     "training": {
         "__init__",
@@ -32,6 +33,7 @@ ALLOWED = {
         "fingerprint",
         "ops",
         "optim",
+        "packed",
         "report",
         "say",
         "selection",
@@ -43,7 +45,10 @@ ALLOWED = {
 }
 # The hosts, and the rooms that may know them.
 HOSTS = {
-    "peft": {"_register", "config", "targets", "tuner", "export", "training"},
+    "peft": {"_register", "config", "packed", "targets", "tuner", "export", "training"},
+    "bitsandbytes": {"packed"},
+    "torchao": {"packed"},
+    "hqq": {"packed"},
     "trl": {"training"},
     "datasets": {"training"},
     "triton": {"ops", "bench"},

@@ -11,6 +11,7 @@ block_adamw_    AdamW on all blocks of a model
 block_linear    Y = X (W + delta)^T + bias, with the gradients of X and delta
 block_add       Y = base output + X delta^T, for a base layer that is opaque
 block_rows_add  rows of W + delta from those of W, for an embedding table
+block_overlay   Y = X round(W + delta)^T + bias, where W is packed and dequantised for each pass
 
 `operations` has the first eight, `dispatch` says which backend serves them, `library` shows them to compilers.
 """
@@ -28,6 +29,7 @@ from .operations import (
     swap_linear,
     swap_matmul,
 )
+from .overlay import block_overlay
 from .reference import add_rounded, block_product, dense
 from .rows import LookUps, block_rows_add, table_grad, table_scores
 from .scores import block_sums, dense_grad, stripe_sums
@@ -43,6 +45,7 @@ __all__ = [
     "block_grad",
     "block_linear",
     "block_matmul_",
+    "block_overlay",
     "block_product",
     "block_rows_add",
     "block_scatter_",

@@ -38,7 +38,7 @@ def select_without_data(
     """
     grids = {name: (grids or {}).get(name) or config.grid(target.shape, name) for name, target in targets.items()}
     score = "random" if config.needs_data else config.score
-    if score not in PATTERNS and any(target.module.weight.is_meta for target in targets.values()):
+    if score not in PATTERNS and any(target.weight.is_meta for target in targets.values()):
         once(f"score={score!r} needs weights, but the model is on the meta device; blocks are chosen at random")
         score = "random"
     scores = {}
@@ -61,14 +61,14 @@ def _scores(score: str, target: Target, grid: BlockGrid, config: SMTConfig) -> t
         return diagonal_scores(grid, torch.from_numpy(diagonal_order(grid, grid.num_blocks)))
     check_readable(target, score)
     if score == "magnitude":
-        return checked(target.name, magnitude(target.weight, grid))
-    return checked(target.name, low_rank_magnitude(target.weight, grid, seed))
+        return checked(target.name, magnitude(target.read(), grid))
+    return checked(target.name, low_rank_magnitude(target.read(), grid, seed))
 
 
 def check_readable(target: Target, score: str) -> None:
     """Raise `ValueError`, naming the module, when a score that reads weights meets a packed one."""
-    if not target.has_plain_weight:
-        weight = target.module.weight
+    if not target.is_readable:
+        weight = target.weight
         raise ValueError(
             f"{target.name}: score={score!r} reads the weight, which is stored as {weight.dtype} of shape "
             f"{tuple(weight.shape)} for a {' x '.join(map(str, target.shape))} matrix; take a score that needs no "

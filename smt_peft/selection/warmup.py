@@ -52,7 +52,8 @@ def select_blocks(
     own part of the data.
 
     Args:
-        model: any model whose targets are `nn.Linear` or `Conv1D`; of a `PeftModel`, the base is scored, adapters off.
+        model: any model whose targets are `nn.Linear`, `Conv1D` or quantised linear layers; of a `PeftModel`, the
+            base is scored, adapters off.
         config: says which modules, which score and how much.
         dataloader: batches. A mapping is called as `model(**batch)`, a tuple or list as `model(*batch)`; the loss is
             the output itself when it is a scalar, else its `loss`. Not needed for a score without data.
@@ -84,7 +85,7 @@ def select_blocks(
         selection = BlockSelection(choose_blocks(scores, grids, config), grids, scores if keep_scores else {}, record)
     else:
         selection = select_without_data(targets, config, keep_scores=keep_scores)
-    selection.provenance["base_fingerprint"] = fingerprint({name: t.weight for name, t in targets.items()})
+    selection.provenance["base_fingerprint"] = fingerprint({name: t.evidence for name, t in targets.items()})
     say(f"chose {selection.summary()}")
     return selection
 
@@ -268,7 +269,7 @@ def _make_taps(
 def _gradient_score(target: Target, grid: BlockGrid, score: str | Callable, device: Any) -> GradientScore:
     if isinstance(target.module, nn.Embedding):
         return TableScore(target.module, target.name, target.weight, grid, score, device)
-    return GradientScore(target.name, target.weight, grid, score, device)
+    return GradientScore(target.name, target.weight, grid, score, device, target.read)
 
 
 def _check_reached(names: list[str], reached: set[str]) -> None:
@@ -317,7 +318,7 @@ def _check_weights(base: nn.Module, targets: Mapping[str, Target]) -> None:
     # Weights that Accelerate has offloaded are on the meta device between calls, too.
     offloaded = any(hasattr(module, "_hf_hook") for module in base.modules())
     weights = {} if offloaded else dict(base.named_parameters())
-    weights |= {f"{name}.weight": target.module.weight for name, target in targets.items()}
+    weights |= {f"{name}.weight": target.weight for name, target in targets.items()}
     meta = [name for name, weight in weights.items() if weight.is_meta]
     if meta:
         raise ValueError(

@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from ..config import SMTConfig
 from ..fingerprint import fingerprint
+from ..packed import format_of, keep_exact, let_repack, quantization_of, unpacked_numel
 from ..say import say
 from ..targets import DEFAULT_TARGETS
 from .combination import check_combination, combined_config, weighted_sum
@@ -21,6 +24,7 @@ from .embedding import Embedding
 from .layer import SMTLayer
 from .linear import Linear
 from .plan import Plan, check_base, make_plan
+from .quantised import QuantisedLinear, tell_rounding
 
 
 class SMTModel(BaseTuner):
@@ -58,6 +62,7 @@ class SMTModel(BaseTuner):
             raise
         finally:
             config.plan = None
+        keep_exact(model)
         # PEFT has resolved "all-linear" into names by now.
         config.filled_in["target_modules"] = targets, config.target_modules
         if config.awaits_weights:
@@ -72,7 +77,16 @@ class SMTModel(BaseTuner):
     def _prepare_model(self, peft_config: SMTConfig, model: nn.Module) -> None:
         """Settle every block before the first layer is touched."""
         plan = make_plan(model, peft_config)
-        peft_config.fill_in(block_pattern=plan.block_pattern(), base_fingerprint=plan.base_fingerprint)
+        quantization = peft_config.base_quantization if peft_config.awaits_weights else quantization_of(model)
+        peft_config.fill_in(
+            block_pattern=plan.block_pattern(),
+            base_fingerprint=plan.base_fingerprint,
+            base_quantization=quantization,
+        )
+        known = (nn.Linear, Conv1D, BaseTunerLayer)
+        if not all(isinstance(model.get_submodule(name), known) for name in plan.selection.blocks):
+            # PEFT's own "all-linear" would pass over quantised layers that are no `nn.Linear`.
+            peft_config.target_modules = set(plan.selection.blocks)
         peft_config.plan = plan
 
     @staticmethod
@@ -100,14 +114,21 @@ class SMTModel(BaseTuner):
         if isinstance(target, SMTLayer):
             target.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
             return
-        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        layer = (Embedding if isinstance(base, nn.Embedding) else Linear)(target, current_key)
+        layer = self._new_layer(target, current_key)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
         if isinstance(parent, nn.TransformerEncoderLayer):
             # In evaluation its fused path would read the weight past the adapter; any hook switches that path off.
             layer.register_forward_pre_hook(_no_fused_path)
         self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, target: nn.Module, name: str) -> SMTLayer:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, nn.Embedding):
+            return Embedding(target, name)
+        if format_of(base) is None:
+            return Linear(target, name)
+        return QuantisedLinear(target, name, get_quantization_kwargs(self.model).get("get_apply_tensor_subclass"))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer"):
@@ -159,6 +180,7 @@ class SMTModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge(safe_merge, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        tell_rounding(_layers_of(self.model))
 
     def _unload_and_optionally_merge(
         self,
@@ -174,7 +196,10 @@ class SMTModel(BaseTuner):
             layer.heal()
             if not merge and layer.merged:
                 layer.unmerge()
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        tell_rounding(layers)
+        let_repack(model)
+        return model
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Look at every layer before the first is written; layers that share a weight keep one record of merges."""
@@ -227,7 +252,8 @@ class SMTModel(BaseTuner):
         blocks = {name: layer.smt_blocks[adapter_name] for name, layer in layers.items()}
         config.block_pattern = {name: list(module.weight.shape) for name, module in blocks.items()}
         if not any(layer.merged for layer in layers.values()):
-            config.base_fingerprint = fingerprint({name: layer.weight_view() for name, layer in layers.items()})
+            config.base_fingerprint = fingerprint({name: layer.evidence() for name, layer in layers.items()})
+            config.base_quantization = quantization_of(model)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -247,7 +273,7 @@ class SMTModel(BaseTuner):
             # An adapter that was never trained does no harm on any base.
             if any(bool(remapped[f"{name}.weight"].any()) for name in blocks):
                 check_base(
-                    config, {layer.smt_name: layer.weight_view() for layer in _layers_of(model) if not layer.merged}
+                    config, {layer.smt_name: layer.evidence() for layer in _layers_of(model) if not layer.merged}
                 )
         except ValueError:
             tuner = getattr(model, "base_model", None)
@@ -268,7 +294,7 @@ class SMTModel(BaseTuner):
             if isinstance(module, SMTBlocks) and module.weight.requires_grad
         )
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return trainable - padding, sum(p.numel() for p in self.model.parameters()) - padding
+        return trainable - padding, sum(unpacked_numel(p) for p in self.model.parameters()) - padding
 
 
 def take_out(model: nn.Module, adapter_name: str, requires_grad: dict[str, bool]) -> None:

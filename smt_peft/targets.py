@@ -19,8 +19,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .blocks import BlockGrid
 from .config import SMTConfig
 from .say import once
+from .targets_parameters import ParameterTarget, check_unreached, find_parameters
 
 # What PEFT puts around a module; the module is named by its outer name, whatever lies inside.
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -54,6 +56,14 @@ class Target:
         module = self.module
         return (module.nf, module.nx) if self.transposed else (module.out_features, module.in_features)
 
+    def grid(self, config: SMTConfig) -> BlockGrid:
+        """The tiling of the weight under the config's `block_size`."""
+        return config.grid(self.shape)
+
+    def matrices(self) -> list[Target]:
+        """The matrices among which blocks are chosen; see `ParameterTarget.matrices`."""
+        return [self]
+
     @property
     def has_plain_weight(self) -> bool:
         """Whether the weight is stored element by element in 16 bits or more, so that its values can be read."""
@@ -66,8 +76,10 @@ def is_supported(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = False) -> dict[str, Target]:
-    """The modules of `model` that `config` names, in the model's order.
+def find_targets(
+    model: nn.Module, config: SMTConfig, over_adapters: bool = False
+) -> dict[str, Target | ParameterTarget]:
+    """The modules of `model` that `config` names, in the model's order, then the parameters it names.
 
     `target_modules`, `exclude_modules`, `modules_to_save`, `layers_to_transform` and `layers_pattern` mean what they
     mean in PEFT; it is PEFT's own matcher that decides. `all-linear` leaves out the output head, also of a model
@@ -79,7 +91,7 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
         over_adapters: whether a target may carry an adapter of another method, as where the base is only read.
 
     Raises:
-        ValueError: nothing matches, or a match is neither a `nn.Linear` nor a `Conv1D`, is never called, is trained in
+        ValueError: nothing matches, a name matches a parameter that is no module's weight, or a match is neither a `nn.Linear` nor a `Conv1D`, is never called, is trained in
             full, or carries an adapter of another method.
     """
     everything = _is_all_linear(config)
@@ -106,9 +118,11 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
             f"{uncalled[0]} is left out{f', and {len(uncalled) - 1} more like it' * (len(uncalled) > 1)}: "
             "nn.MultiheadAttention takes its weight without calling it, so blocks of it would not train"
         )
-    if not targets:
+    check_unreached(model, config, targets)
+    parameters = find_parameters(model, config, targets) if config.target_parameters else {}
+    if not targets and (config.target_modules or not parameters):
         raise ValueError(_nothing_matched(model, config))
-    return targets
+    return targets | parameters
 
 
 def _is_all_linear(config: SMTConfig) -> bool:
@@ -119,7 +133,7 @@ def _is_all_linear(config: SMTConfig) -> bool:
 def _resolved(model: nn.Module, config: SMTConfig) -> SMTConfig:
     """A copy whose `target_modules` are names or a regex; PEFT resolves in place, and the caller's stays as it was."""
     resolved = config.copy()
-    if resolved.target_modules is None:
+    if resolved.target_modules is None and not resolved.target_parameters:
         model_type = BaseTuner.get_model_config(model).get("model_type")
         if model_type not in DEFAULT_TARGETS:
             raise ValueError("Please specify `target_modules` in `peft_config`")

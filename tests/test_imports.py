@@ -19,9 +19,11 @@ ALLOWED = {
     "ops": {"blocks", "say"},
     "optim": {"ops", "say"},
     "bench": {"blocks", "ops", "say"},
-    "targets": {"config", "say"},
-    "selection": {"blocks", "config", "fingerprint", "ops", "say", "targets"},
-    "tuner": {"blocks", "config", "fingerprint", "ops", "say", "selection", "targets"},
+    "stand_in": set(),
+    "targets": {"blocks", "config", "say", "targets_parameters"},
+    "targets_parameters": {"blocks", "config", "say"},
+    "selection": {"blocks", "config", "fingerprint", "ops", "say", "stand_in", "targets", "targets_parameters"},
+    "tuner": {"blocks", "config", "fingerprint", "ops", "say", "selection", "stand_in", "targets"},
     "export": {"blocks", "config", "ops", "say", "tuner"},
     "report": {"blocks", "config", "export", "ops", "say"},
     "training": {
@@ -43,7 +45,7 @@ ALLOWED = {
 }
 # The hosts, and the rooms that may know them.
 HOSTS = {
-    "peft": {"_register", "config", "targets", "tuner", "export", "training"},
+    "peft": {"_register", "config", "targets", "targets_parameters", "tuner", "export", "training"},
     "trl": {"training"},
     "datasets": {"training"},
     "triton": {"ops", "bench"},

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..targets import Target
+from .experts import parameters_tapped
 from .scores import ActivationScore, GradientScore
 
 
@@ -56,9 +57,11 @@ class GradientTaps:
         handles = [
             target.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
             for name, target in self.targets.items()
+            if isinstance(target, Target)
         ]
         try:
-            yield self
+            with parameters_tapped(self.targets, self._tapped):
+                yield self
         finally:
             for handle in handles:
                 handle.remove()
@@ -79,14 +82,20 @@ class GradientTaps:
 
     def _hook(self, name: str) -> Callable:
         def hook(module, args, kwargs, output):
-            # A use is counted in the forward pass proper; checkpointing calls the module again during backward.
-            if not self._in_backward:
-                self._uses[name] += 1
-            if not torch.is_grad_enabled():
-                return None
-            return _Tap.apply(output, _input(args, kwargs), self._anchor, lambda x, dy: self._receive(name, x, dy))
+            return self._tapped(name, _input(args, kwargs), output)
 
         return hook
+
+    def _tapped(self, name: str, x: Tensor, output: Tensor, flipped: bool = False) -> Tensor:
+        """The output of `x W^T`, or of `x W` when `flipped`: there x^T dY is the gradient."""
+        # A use is counted in the forward pass proper; checkpointing calls the module again during backward.
+        if not self._in_backward:
+            self._uses[name] += 1
+        if not torch.is_grad_enabled():
+            return output
+        return _Tap.apply(
+            output, x, self._anchor, lambda x, dy: self._receive(name, *((dy, x) if flipped else (x, dy)))
+        )
 
     def _receive(self, name: str, x: Tensor, grad_output: Tensor) -> None:
         self._pairs[name].append((x, grad_output))
@@ -111,9 +120,11 @@ class ActivationTaps:
         handles = [
             target.module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             for name, target in self.targets.items()
+            if isinstance(target, Target)
         ]
         try:
-            yield self
+            with parameters_tapped(self.targets, self._tapped):
+                yield self
         finally:
             for handle in handles:
                 handle.remove()
@@ -128,6 +139,11 @@ class ActivationTaps:
             self.scores[name].see(_input(args, kwargs))
 
         return hook
+
+    def _tapped(self, name: str, x: Tensor, output: Tensor, flipped: bool) -> Tensor:
+        self.reached.add(name)
+        self.scores[name].see(x, flipped)
+        return output
 
 
 def _input(args: tuple, kwargs: dict) -> Tensor:

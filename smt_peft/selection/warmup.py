@@ -21,6 +21,7 @@ from ..say import say
 from ..targets import Target, find_targets
 from .budget import choose_blocks
 from .datafree import check_readable, provenance, select_without_data
+from .experts import MatrixActivation, joined, matrices, tappable_experts
 from .guard import base_of, borrowed
 from .scores import ActivationScore, GradientScore
 from .taps import ActivationTaps, GradientTaps
@@ -75,12 +76,15 @@ def select_blocks(
     if config.needs_data:
         _check_loader(dataloader, config)
         _check_weights(base, targets)
-        grids = {name: config.grid(target.shape) for name, target in targets.items()}
-        taps = _make_taps(targets, grids, config, accumulator_device)
+        # An expert's matrix is scored, and its blocks are spread, as a module's would be.
+        tapped = matrices(targets)
+        grids = {name: target.grid(config) for name, target in tapped.items()}
+        taps = _make_taps(tapped, grids, config, accumulator_device)
         seen = _warm_up(model, config, taps, dataloader, num_batches, loss_fn, progress)
         scores = _finish(taps, seen)
         record = provenance(config.score_name, config, targets) | seen.record()
         selection = BlockSelection(choose_blocks(scores, grids, config), grids, scores if keep_scores else {}, record)
+        selection = joined(selection, targets)
     else:
         selection = select_without_data(targets, config, keep_scores=keep_scores)
     selection.provenance["base_fingerprint"] = fingerprint({name: t.weight for name, t in targets.items()})
@@ -103,6 +107,7 @@ def _warm_up(
         # The loader is opened inside, so that its shuffling follows the seed and spares the caller's random state.
         with (
             borrowed(model, config.seed, checkpointing=isinstance(taps, GradientTaps)) as base,
+            tappable_experts(taps.targets),
             taps.installed(),
             tqdm(
                 islice(dataloader, num_batches),
@@ -235,7 +240,13 @@ def _make_taps(
 ) -> Taps:
     if config.score == "activation":
         return ActivationTaps(
-            targets, {name: ActivationScore(name, target.weight, grids[name]) for name, target in targets.items()}
+            targets,
+            {
+                name: (ActivationScore if isinstance(target, Target) else MatrixActivation)(
+                    name, target.weight, grids[name]
+                )
+                for name, target in targets.items()
+            },
         )
     if isinstance(config.score, str) and config.score not in GradientScore.NAMES:
         raise ValueError(
@@ -305,7 +316,7 @@ def _check_weights(base: nn.Module, targets: Mapping[str, Target]) -> None:
     # Weights that Accelerate has offloaded are on the meta device between calls, too.
     offloaded = any(hasattr(module, "_hf_hook") for module in base.modules())
     weights = {} if offloaded else dict(base.named_parameters())
-    weights |= {f"{name}.weight": target.module.weight for name, target in targets.items()}
+    weights |= {f"{name}.weight": target.weight for name, target in targets.items()}
     meta = [name for name, weight in weights.items() if weight.is_meta]
     if meta:
         raise ValueError(

@@ -33,10 +33,15 @@ class SMTLayer(BaseTunerLayer):
         # bit, whatever has been loaded into the adapter since.
         self._originals: dict[str, tuple[BlockLayout, Tensor]] = {}
         self._told: str | None = None
+        self.out_features, self.in_features = self._features()
+
+    def _features(self) -> tuple[int, int]:
         base = self.get_base_layer()
-        is_conv1d = isinstance(base, Conv1D)
-        self.out_features = base.nf if is_conv1d else base.out_features
-        self.in_features = base.nx if is_conv1d else base.in_features
+        return (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
+
+    def stored_weight(self) -> Tensor:
+        """The base weight as the base layer stores it."""
+        return self.get_base_layer().weight
 
     def weight_view(self) -> Tensor:
         """The base weight as an `(out_features, in_features)` view."""
@@ -68,7 +73,7 @@ class SMTLayer(BaseTunerLayer):
                 blocks.weight.normal_(std=0.02).mul_(mask)
         self.smt_blocks[adapter_name] = blocks
         self.smt_forward[adapter_name] = config.forward
-        if not self.get_base_layer().weight.is_meta:
+        if not self.stored_weight().is_meta:
             self._move_adapter_to_device_of_base_layer(adapter_name)
         if not blocks.index.is_meta:
             # Made now, so that a compiler or tracer finds it made.
@@ -106,7 +111,7 @@ class SMTLayer(BaseTunerLayer):
         """Raise what `merge` would raise; nothing is written."""
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in names if name in self.smt_blocks]
-        if names and (reason := why_not_merged(self.get_base_layer())):
+        if names and (reason := self._why_not_merged()):
             raise ValueError(
                 f"{self.smt_name}: the blocks cannot be merged, because {reason}; use the adapter unmerged"
             )
@@ -116,6 +121,9 @@ class SMTLayer(BaseTunerLayer):
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer "
                     f"{self.smt_name}); the base weights were left as they were"
                 )
+
+    def _why_not_merged(self) -> str | None:
+        return why_not_merged(self.get_base_layer())
 
     def _merged_blocks(self, adapter: str) -> tuple[Tensor, Tensor]:
         blocks = self.smt_blocks[adapter]
@@ -137,4 +145,4 @@ class SMTLayer(BaseTunerLayer):
 
     def heal(self) -> None:
         """Put the base back if an interrupt cut a swap off; see `ops.swap`."""
-        ops.heal(self.get_base_layer().weight)
+        ops.heal(self.stored_weight())

@@ -15,6 +15,7 @@ from ..fingerprint import fingerprint
 from ..say import say
 from ..targets import DEFAULT_TARGETS
 from .delta import SMTBlocks
+from .experts import ParameterLayer, ParamWrapper, check_rows
 from .layer import SMTLayer
 from .linear import Linear
 from .plan import Plan, check_base, make_plan
@@ -66,6 +67,11 @@ class SMTModel(BaseTuner):
                 "parameters, though print_trainable_parameters counts them"
             )
 
+    def _prepare_adapter_config(self, peft_config: SMTConfig, model_config: dict) -> SMTConfig:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _prepare_model(self, peft_config: SMTConfig, model: nn.Module) -> None:
         """Settle every block before the first layer is touched."""
         plan = make_plan(model, peft_config)
@@ -88,11 +94,21 @@ class SMTModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **_: Any,
     ) -> None:
         plan: Plan = peft_config.plan
+        if parameter_name is not None and current_key not in plan.selection.blocks:
+            # PEFT goes by the names alone: without a chosen block, or outside layers_to_transform.
+            return
         grid, num_blocks, index = plan.entry(current_key)
         inference_mode = getattr(peft_config, "inference_mode", False)
+        if parameter_name is not None:
+            wrapper = parent if isinstance(parent, ParamWrapper) else target
+            if not isinstance(wrapper, ParamWrapper):
+                wrapper = ParamWrapper(target)
+                self._replace_module(parent, target_name, wrapper, target)
+            target = wrapper.layer(parameter_name, current_key, self.active_adapters)
         if isinstance(target, SMTLayer):
             target.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
             return
@@ -147,6 +163,7 @@ class SMTModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = _layers_of(self.model)
+        check_rows(layers, adapter_names)
         known = {name for layer in layers for name in layer.smt_blocks} | {"__base__"}
         unknown = sorted(set(adapter_names) - known)
         if unknown:
@@ -224,8 +241,13 @@ class SMTModel(BaseTuner):
 
 def take_out(model: nn.Module, adapter_name: str, requires_grad: dict[str, bool]) -> None:
     """Undo the injection of an adapter: its layers, its wrappers, and the flags of the parameters that were there."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SMTLayer):
+    # Inner modules first: what is left of a wrapper shows only then.
+    for name, module in reversed(list(model.named_modules())):
+        if isinstance(module, ParamWrapper):
+            wrapped, left = module.base_layer, module.take_out(adapter_name)
+        elif isinstance(module, ParameterLayer):
+            continue
+        elif isinstance(module, SMTLayer):
             module.delete_adapter(adapter_name)
             wrapped, left = module.base_layer, module.smt_blocks
         elif isinstance(module, AuxiliaryTrainingWrapper):

@@ -103,21 +103,22 @@ class ParameterLayer(nn.Module, SMTLayer):
     def _why_not_merged(self) -> str | None:
         return _why_not_plain(self.stored_weight())
 
-    def products(self) -> _BlockProducts | None:
-        """What computes with the parameter in this call; None where the base alone does.
+    def acting(self) -> list[str]:
+        """The adapters that this call is to compute with."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.smt_blocks]
+
+    def products(self) -> _BlockProducts:
+        """What computes with the parameter in this call.
 
         Raises:
             RuntimeError: the parameter is not to be had, or `forward='swap'` is set and cannot run.
         """
         self.heal()
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return None
-        active = [name for name in self.active_adapters if name in self.smt_blocks]
-        if self.merged or not active:
-            return None
-        weight = self.stored_weight()
+        active, weight = self.acting(), self.stored_weight()
         if reason := _why_not_plain(weight):
             raise RuntimeError(f"{self.smt_name}: {reason}, which SMT does not serve for bare parameters")
         forwards = {self.smt_forward[name] for name in active}
@@ -159,30 +160,33 @@ class ParamWrapper(nn.Module, BaseTunerLayer):
     def layer(self, parameter_name: str, name: str, active_adapters: list[str]) -> ParameterLayer:
         """The layer of a parameter, made when there is none."""
         if parameter_name not in self.layers():
-            # Not by add_module, which takes the property `weight` for an attribute in the way.
-            self._modules[parameter_name] = layer = ParameterLayer(self, parameter_name, name)
+            layer = ParameterLayer(self, parameter_name, name)
             layer.set_adapter(active_adapters)
+            # Not by add_module, which takes the property `weight` for an attribute in the way; and in a new dict, as
+            # PEFT adds layers while it walks over the modules.
+            self.__dict__["_modules"] = {**self._modules, parameter_name: layer}
         return self._modules[parameter_name]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        products = {name: found for name, layer in self.layers().items() if (found := layer.products())}
-        if not products:
+        acting = {name: layer for name, layer in self.layers().items() if layer.acting()}
+        if not acting:
             return self.base_layer(*args, **kwargs)
-        base = self.get_base_layer()
         if is_traced():
-            with self._lock.held, replaced(base, {name: each.traceable() for name, each in products.items()}):
+            merged = {name: layer.products().traceable() for name, layer in acting.items()}
+            with replaced(self.get_base_layer(), merged):
                 return self.base_layer(*args, **kwargs)
-        return self._routed(products, args, kwargs)
+        return self._routed(acting, args, kwargs)
 
     # A compiler breaks its graph here: which expert sees which rows is known from the data alone.
     @torch.compiler.disable(reason=_NOT_IN_A_GRAPH)
-    def _routed(self, products: dict[str, _BlockProducts], args: tuple, kwargs: dict) -> Any:
-        stand_ins = {name: each.stand_in() for name, each in products.items()}
+    def _routed(self, acting: dict[str, ParameterLayer], args: tuple, kwargs: dict) -> Any:
         # Another thread in the same module would meet the stand-ins of this one.
-        with self._lock.held, replaced(self.get_base_layer(), stand_ins):
-            y = self.base_layer(*args, **kwargs)
-        for each in products.values():
-            each.close()
+        with self._lock.held:
+            products = {name: layer.products() for name, layer in acting.items()}
+            with replaced(self.get_base_layer(), {name: each.stand_in() for name, each in products.items()}):
+                y = self.base_layer(*args, **kwargs)
+            for each in products.values():
+                each.close()
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

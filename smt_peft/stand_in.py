@@ -106,7 +106,9 @@ class StandIn(Tensor):
         stand_in = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StandIn))
         if name in ("data_ptr", "untyped_storage", "__set__"):
             raise RuntimeError(_opaque(stand_in.products.name, name))
-        args, kwargs = tree_map_only(StandIn, lambda other: other.view_of.of(other.products.dense(name)), (args, kwargs))
+        args, kwargs = tree_map_only(
+            StandIn, lambda other: other.view_of.of(other.products.dense(name)), (args, kwargs)
+        )
         return func(*args, **kwargs)
 
     @classmethod

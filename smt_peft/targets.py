@@ -91,8 +91,8 @@ def find_targets(
         over_adapters: whether a target may carry an adapter of another method, as where the base is only read.
 
     Raises:
-        ValueError: nothing matches, a name matches a parameter that is no module's weight, or a match is neither a `nn.Linear` nor a `Conv1D`, is never called, is trained in
-            full, or carries an adapter of another method.
+        ValueError: nothing matches, a name matches a bare parameter only, or a match is neither a `nn.Linear` nor a
+            `Conv1D`, is never called, is trained in full, or carries an adapter of another method.
     """
     everything = _is_all_linear(config)
     resolved = _resolved(model, config)

@@ -77,8 +77,8 @@ class ParameterTarget:
         height = next(height for height in range(one.block_rows, 0, -1) if rows % height == 0)
         if height != one.block_rows:
             once(
-                f"blocks in experts of {rows} rows are {height} high instead of {one.block_rows}, which does not "
-                f"divide {rows} (such as {self.name})"
+                f"blocks of {self.parameter} are {height} rows high instead of {one.block_rows}, which does not divide "
+                f"the {rows} rows of an expert"
             )
         return BlockGrid(self.num_experts * rows, cols, height, one.block_cols)
 
@@ -188,9 +188,9 @@ def stacked_parameters(model: nn.Module) -> list[str]:
     stacked = []
     for name, owner, parameter, _, _ in _parameters(model):
         stored = owner._parameters.get(parameter)
-        if stored is not None and stored.ndim == 3 and len(stored) > 1:
-            if not type(owner).__module__.startswith("torch.nn"):
-                stacked.append(name)
+        is_stacked = stored is not None and stored.ndim == 3 and len(stored) > 1
+        if is_stacked and not type(owner).__module__.startswith("torch.nn"):
+            stacked.append(name)
     return stacked
 
 

@@ -26,7 +26,10 @@ def matrices(targets: Targets) -> dict[str, Target | ParameterTarget]:
 
 
 def joined(selection: BlockSelection, targets: Targets) -> BlockSelection:
-    """The inverse for a selection: blocks, grids and scores of experts under the name of their parameter."""
+    """The inverse for a selection: blocks, grids and scores of experts under the name of their parameter.
+
+    Its provenance says how many matrices lie in each bare parameter, one below the other (`experts`).
+    """
     blocks, grids, scores = dict(selection.blocks), dict(selection.grids), dict(selection.scores)
     for name, target in targets.items():
         parts = [matrix.name for matrix in target.matrices()]
@@ -41,7 +44,8 @@ def joined(selection: BlockSelection, targets: Targets) -> BlockSelection:
         grids[name] = BlockGrid(len(parts) * one.rows, one.cols, *one.block_shape)
         if parts[0] in scores:
             scores[name] = torch.cat([scores.pop(part) for part in parts])
-    return BlockSelection(blocks, grids, scores, selection.provenance)
+    bare = {name: target.num_experts for name, target in targets.items() if isinstance(target, ParameterTarget)}
+    return BlockSelection(blocks, grids, scores, selection.provenance | ({"experts": bare} if bare else {}))
 
 
 @contextmanager

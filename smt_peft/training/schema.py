@@ -35,7 +35,6 @@ _INTERNAL = {
     "inference_mode",
     "block_pattern",
     "base_fingerprint",
-    "target_parameters",
     "fan_in_fan_out",
 }
 _TRAINER_OPTIMIZERS = tuple(name.value for name in OptimizerNames)

@@ -297,8 +297,8 @@ class _BlockProducts:
     def dense(self, operation: str) -> Tensor:
         self._used()
         once(
-            f"{self.name}: no way is known to compute '{operation}' by blocks, so a dense copy of the weight is made at "
-            "every call; experts_implementation='eager', 'batched_mm' or 'grouped_mm' need none"
+            f"{self.name}: no way is known to compute '{operation}' by blocks, so a dense copy of the weight is made "
+            "at every call; experts_implementation='eager', 'batched_mm' or 'grouped_mm' need none"
         )
         recording = torch.is_grad_enabled()
         if recording not in self._dense:

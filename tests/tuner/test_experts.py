@@ -653,7 +653,9 @@ print("equal")
         config.save_pretrained(path / "adapter")
         base = AutoModelForCausalLM.from_pretrained(path / "base")
         before = [(name, type(module)) for name, module in base.named_modules()]
-        with pytest.raises(ValueError, match=r"experts\.\w+: blocks of 7 rows would reach from one expert into the next"):
+        with pytest.raises(
+            ValueError, match=r"experts\.\w+: blocks of 7 rows would reach from one expert into the next"
+        ):
             PeftModel.from_pretrained(base, path / "adapter")
         assert [(name, type(module)) for name, module in base.named_modules()] == before
 
@@ -681,13 +683,22 @@ class TestTargetsThatWouldStayFrozen:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"target_parameters": ["experts.up_proj"]}, r"'experts\.up_proj' matches no parameter.*'experts\.down_proj'"),
+            (
+                {"target_parameters": ["experts.up_proj"]},
+                r"'experts\.up_proj' matches no parameter.*'experts\.down_proj'",
+            ),
             ({"target_parameters": ["mlp.experts"]}, r"'mlp\.experts' names a module.*target_modules"),
             ({"target_parameters": ["norm.weight"]}, r"model\.norm\.weight cannot be a target: it is 1-D"),
-            ({"target_parameters": ["q_proj.weight"], "target_modules": ["q_proj"]}, r"is named in target_modules, too"),
+            (
+                {"target_parameters": ["q_proj.weight"], "target_modules": ["q_proj"]},
+                r"is named in target_modules, too",
+            ),
             ({"target_parameters": ["lm_head.weight"], "modules_to_save": ["lm_head"]}, r"left out by"),
             ({"layers_to_transform": [7]}, r"left out by"),
-            ({"target_parameters": None, "target_modules": ["gate_up_proj"]}, r"no module but a parameter.*target_param"),
+            (
+                {"target_parameters": None, "target_modules": ["gate_up_proj"]},
+                r"no module but a parameter.*target_param",
+            ),
             (
                 {"target_parameters": None, "target_modules": ["q_proj", "experts.down_proj"]},
                 r"no module but a parameter",

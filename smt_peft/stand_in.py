@@ -34,6 +34,14 @@ class Products(Protocol):
     def product(self, x: Tensor, expert: int | None, flipped: bool, bias: Tensor | None) -> Tensor:
         """`x M^T + bias` for the stored matrix M, or `x M` when `flipped`; `x` is `(..., K)`."""
 
+    def grouped(self, x_TK: Tensor, counts: list[int], flipped: bool, gemm: Callable) -> Any:
+        """All experts' products in one call, or NotImplemented.
+
+        Args:
+            x_TK: `counts[e]` rows of expert `e` after one another.
+            gemm: `(T, K), (E, K, N) -> (T, N)`, how the module computes them.
+        """
+
     def dense(self, operation: str) -> Tensor:
         """The whole weight as an ordinary tensor, for an operation that is no product known here."""
 
@@ -209,7 +217,11 @@ def _batched(x_STK: Tensor, weight: StandIn, flipped: bool) -> Any:
         return NotImplemented
     samples, tokens = x_STK.shape[:2]
     if view.samples is None:
-        y_TN = _by_expert(products, x_STK.flatten(0, 1), [tokens] * samples, flipped)
+
+        def bmm(x_TK: Tensor, weight_EKN: Tensor) -> Tensor:
+            return torch.bmm(x_TK.unflatten(0, (samples, tokens)), weight_EKN).flatten(0, 1)
+
+        y_TN = _by_expert(products, x_STK.flatten(0, 1), [tokens] * samples, flipped, bmm)
         return y_TN.unflatten(0, (samples, tokens))
     order = view.samples.argsort(stable=True)
     counts = torch.bincount(view.samples, minlength=len(products.weight)).tolist()
@@ -230,11 +242,18 @@ def _grouped(func: Callable, x_TK: Tensor, weight: Tensor, offs: Tensor | None =
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     # The operation itself takes no part in autocast.
     with torch.autocast(x_TK.device.type, enabled=False):
-        return _by_expert(weight.products, x_TK, counts, not view.transposed)
+        return _by_expert(
+            weight.products, x_TK, counts, not view.transposed, lambda x, weight: func(x, weight, offs=offs)
+        )
 
 
-def _by_expert(products: Products, x_TK: Tensor, counts: list[int], flipped: bool) -> Tensor:
-    """Products of runs of rows, `counts[e]` rows of expert `e`; rows beyond the last run give zeros."""
+def _by_expert(
+    products: Products, x_TK: Tensor, counts: list[int], flipped: bool, gemm: Callable | None = None
+) -> Tensor:
+    """Products of runs of rows, `counts[e]` rows of expert `e`; what rows beyond the last run give means nothing."""
+    y_TN = NotImplemented if gemm is None else products.grouped(x_TK, counts, flipped, gemm)
+    if y_TN is not NotImplemented:
+        return y_TN
     parts = x_TK.split([*counts, x_TK.shape[0] - sum(counts)])
     pieces = [products.product(x, e, flipped, None) for e, x in enumerate(parts[:-1]) if len(x)]
     if len(parts[-1]) or not pieces:

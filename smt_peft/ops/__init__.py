@@ -9,6 +9,7 @@ swap_linear     Y = X round(W + delta)^T + bias, the blocks in the weight for on
 swap_matmul     dX = dY round(W + delta)
 block_adamw_    AdamW on all blocks of a model
 block_linear    Y = X (W + delta)^T + bias, with the gradients of X and delta
+grouped_linear  the same for rows sorted by expert, one matrix per expert, in one GEMM call
 block_add       Y = base output + X delta^T, for a base layer that is opaque
 
 `operations` has the first eight, `dispatch` says which backend serves them, `library` shows them to compilers.
@@ -16,6 +17,7 @@ block_add       Y = base output + X delta^T, for a base layer that is opaque
 
 from . import library
 from .dispatch import explain, served, use_backend
+from .grouped import Run, grouped_linear
 from .linear import block_add, block_add_traceable, block_linear
 from .operations import (
     block_adamw_,
@@ -32,6 +34,7 @@ from .scores import block_sums, dense_grad, stripe_sums
 from .swap import heal
 
 __all__ = [
+    "Run",
     "add_rounded",
     "block_adamw_",
     "block_add",
@@ -47,6 +50,7 @@ __all__ = [
     "dense",
     "dense_grad",
     "explain",
+    "grouped_linear",
     "heal",
     "library",
     "served",

@@ -76,6 +76,10 @@ class TappedProducts:
         y = F.linear(x, weight.t() if flipped else weight, bias)
         return self.tap(self.names[expert], x, y, flipped)
 
+    def grouped(self, *_) -> type(NotImplemented):
+        # Each expert has a tap of its own.
+        return NotImplemented
+
     def dense(self, operation: str) -> Tensor:
         raise ValueError(
             f"{self.name}: the module computes '{operation}' with the weight, which cannot be scored by gradients or "

@@ -11,7 +11,7 @@ Shape suffixes: E experts, B blocks of r rows and c columns.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -241,11 +241,8 @@ class _BlockProducts:
     def stand_in(self) -> StandIn:
         experts = self.weight.shape[0] if self.weight.ndim == 3 else 1
         self._recording = torch.is_grad_enabled() and any(blocks.weight.requires_grad for blocks in self.blocks)
-        self._adapters = []
-        for blocks in self.blocks:
-            counts, layouts = _by_expert(blocks.layout(), experts)
-            # One split, whose backward writes the gradients of all experts once.
-            self._adapters.append((blocks.weight.split(counts), layouts))
+        self._split = [_by_expert(blocks.layout(), experts) for blocks in self.blocks]
+        self._deltas: list[tuple[Tensor, ...]] = []
         self._open = True
         return StandIn(self)
 
@@ -272,8 +269,7 @@ class _BlockProducts:
         self._used()
         weight = self.weight if expert is None else self.weight[expert]
         weight_NK = weight.t() if flipped else weight
-        parts = [self._part(adapter, expert or 0, flipped) for adapter in self._adapters]
-        parts = [part for part in parts if part is not None]
+        parts = self._parts(expert or 0, flipped)
         if not parts or self.weight.requires_grad:
             y = F.linear(x, weight_NK, bias)
             for delta_Brc, layout in parts:
@@ -286,13 +282,33 @@ class _BlockProducts:
             y = ops.block_add(y, x, delta_Brc, layout)
         return y + bias if trained else y
 
-    @staticmethod
-    def _part(adapter: tuple, expert: int, flipped: bool) -> tuple[Tensor, BlockLayout] | None:
-        deltas, layouts = adapter
-        layout, delta_Brc = layouts[expert], deltas[expert]
-        if layout is None:
-            return None
-        return (delta_Brc.transpose(1, 2), layout.transposed) if flipped else (delta_Brc, layout)
+    def _parts(self, expert: int, flipped: bool) -> list[tuple[Tensor, BlockLayout]]:
+        """The blocks in one expert and their layout, adapter by adapter."""
+        if not self._deltas:
+            # One split, whose backward writes the gradients of all experts once.
+            self._deltas = [
+                blocks.weight.split(counts) for blocks, (counts, _) in zip(self.blocks, self._split, strict=True)
+            ]
+        parts = [
+            (deltas[expert], layouts[expert]) for deltas, (_, layouts) in zip(self._deltas, self._split, strict=True)
+        ]
+        parts = [(delta_Brc, layout) for delta_Brc, layout in parts if layout is not None]
+        return [(delta.transpose(1, 2), layout.transposed) for delta, layout in parts] if flipped else parts
+
+    def grouped(self, x_TK: Tensor, counts: list[int], flipped: bool, gemm: Callable) -> Any:
+        weight = self.weight
+        plain = x_TK.dtype == weight.dtype and not torch.is_autocast_enabled(x_TK.device.type)
+        if len(self.blocks) > 1 or weight.requires_grad or not plain or not len(x_TK):
+            return NotImplemented
+        self._used()
+        (blocks,), ((held, layouts),) = self.blocks, self._split
+        runs, row, block = [], 0, 0
+        for rows, number, layout in zip(counts, held, layouts, strict=True):
+            if rows and number:
+                layout = layout.transposed if flipped else layout
+                runs.append(ops.Run(slice(row, row + rows), slice(block, block + number), layout))
+            row, block = row + rows, block + number
+        return ops.grouped_linear(x_TK, weight, blocks.weight, blocks.layout(), runs, gemm, flipped, self.swap)
 
     def dense(self, operation: str) -> Tensor:
         self._used()

@@ -70,6 +70,11 @@ class TappedProducts:
     def __init__(self, targets: list[ParameterTarget], tap):
         self.names = {target.expert: target.name for target in targets}
         self.name, self.weight, self.tap = targets[0].name.partition("[")[0], targets[0].stored, tap
+        if self.weight.is_meta:
+            raise ValueError(
+                f"{self.name} is offloaded, so its products cannot be seen; load the model without offloading, or take "
+                "a score without data, such as 'diagonal'"
+            )
 
     def product(self, x: Tensor, expert: int | None, flipped: bool, bias: Tensor | None) -> Tensor:
         weight = self.weight if expert is None else self.weight[expert]

@@ -10,9 +10,9 @@ from ..blocks import BlockSelection
 def lora_config(selection: BlockSelection, modules_to_save: list[str] | None = None) -> LoraConfig:
     """LoRA on every weight that the selection could have chosen from, of the rank that comes nearest in size.
 
-    A rank-r LoRA of a `(rows, cols)` weight has `r * (rows + cols)` weights, and each expert has its own. `lora_alpha` is twice the rank, so that
-    the scale of the update does not depend on the rank; there is no dropout. `modules_to_save` are trained in full, as
-    beside the blocks.
+    A rank-r LoRA of a `(rows, cols)` weight has `r * (rows + cols)` weights, and each expert has its own.
+    `lora_alpha` is twice the rank, so that the scale of the update does not depend on the rank; there is no dropout.
+    `modules_to_save` are trained in full, as beside the blocks.
     """
     experts = selection.provenance.get("experts", {})
     per_rank = sum(grid.rows + grid.cols * experts.get(name, 1) for name, grid in selection.grids.items())

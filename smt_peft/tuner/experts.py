@@ -105,6 +105,7 @@ class ParameterLayer(nn.Module, SMTLayer):
 
     def acting(self) -> list[str]:
         """The adapters that this call is to compute with."""
+        self.heal()
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
@@ -117,7 +118,6 @@ class ParameterLayer(nn.Module, SMTLayer):
         Raises:
             RuntimeError: the parameter is not to be had, or `forward='swap'` is set and cannot run.
         """
-        self.heal()
         active, weight = self.acting(), self.stored_weight()
         if reason := _why_not_plain(weight):
             raise RuntimeError(f"{self.smt_name}: {reason}, which SMT does not serve for bare parameters")

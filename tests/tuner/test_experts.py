@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM
 
 from smt_peft import SMTConfig, ops
+from smt_peft.ops import swap
 from smt_peft.optim import SMTAdamW
 from smt_peft.stand_in import StandIn
 from smt_peft.tuner.experts import ParameterLayer, ParamWrapper
@@ -274,6 +275,46 @@ class TestMerging:
         model.merge_adapter()
         after = model.unload().state_dict()
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+class TestInterruption:
+    @pytest.mark.parametrize("way_out", ["state_dict", "unload", "double", "merge", "forward", "delta"])
+    @pytest.mark.parametrize("how", ["eager", "grouped_mm"])
+    def test_every_way_out_heals_an_interrupted_swap(self, monkeypatch, way_out, how):
+        base = built(tiny_mixtral, how)
+        before = {name: p.clone() for name, p in base.named_parameters()}
+        model = adapted(base).train()
+        calls = []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) in (2, 3):
+                raise KeyboardInterrupt
+            return scatter(*args)
+
+        scatter = swap.block_scatter_
+        monkeypatch.setattr(swap, "block_scatter_", interrupted)
+        # The compiled swap cannot be interrupted; the one in PyTorch can.
+        with ops.use_backend("reference"), pytest.raises(KeyboardInterrupt):
+            model(**batch())
+        name = "model.layers.0.mlp.experts.gate_up_proj"
+        weight = layers(model)[name].stored_weight()
+        assert type(weight) is nn.Parameter and not torch.equal(weight, before[name])
+        if way_out == "state_dict":
+            model.state_dict()
+        elif way_out == "unload":
+            model.unload()
+        elif way_out == "double":
+            weight = layers(model.double())[name].stored_weight().float()
+        elif way_out == "merge":
+            model.merge_adapter()
+            model.unmerge_adapter()
+        elif way_out == "delta":
+            with model.disable_adapter():
+                model(**batch())
+        else:
+            model(**batch())
+        assert torch.equal(weight, before[name])
 
 
 class TestStandIn:
@@ -564,6 +605,13 @@ class TestAdapters:
         out.loss.backward()
         for ours, other in zip((p.grad for p in model.parameters() if p.requires_grad), expected, strict=True):
             torch.testing.assert_close(ours, other)
+
+    def test_an_offloaded_parameter_is_an_error_at_the_call(self):
+        model = adapted(Bank(lambda m, x: F.linear(x, m.one)), target_parameters=["bank.one"], block_size=4)
+        bank = model.get_base_model().bank.base_layer
+        bank.one = nn.Parameter(bank.one.detach().to("meta"), requires_grad=False)
+        with pytest.raises(RuntimeError, match=r"bank\.one: the parameter is offloaded"):
+            model(torch.randn(2, 8))
 
     def test_threads_do_not_meet_each_others_stand_ins(self):
         from concurrent.futures import ThreadPoolExecutor

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from .blocks import BlockGrid
 from .config import SMTConfig
 from .say import once
-from .targets_parameters import ParameterTarget, check_unreached, find_parameters
+from .targets_parameters import ParameterTarget, check_unreached, find_parameters, stacked_names
 
 # What PEFT puts around a module; the module is named by its outer name, whatever lies inside.
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -202,4 +202,7 @@ def _nothing_matched(model: nn.Module, config: SMTConfig) -> str:
         message += f"Note: You specified 'layers_to_transform': {config.layers_to_transform}. "
     if config.layers_pattern:
         message += f"You also specified 'layers_pattern': {config.layers_pattern}. "
-    return message + f"Please check target_modules; the model's linear layers are named {sorted(names)}."
+    message += f"Please check target_modules; the model's linear layers are named {sorted(names)}."
+    if bare := stacked_names(model):
+        message += f" Its experts are no modules: target_parameters names them, {bare}."
+    return message

@@ -175,10 +175,9 @@ def _nothing_matched(model: nn.Module, entries: list[str]) -> str:
     modules = [entry for entry in entries for name, _ in model.named_modules() if f".{name}".endswith(f".{entry}")]
     if modules:
         return f"target_parameters: {modules[0]!r} names a module, not a parameter; name it in target_modules instead"
-    known = sorted({_short(name) for name in stacked_parameters(model)})
     return (
         f"target_parameters: {entries[0]!r} matches no parameter of the model, so it would silently stay frozen; its "
-        f"3-D parameters are named {known}"
+        f"3-D parameters are named {stacked_names(model)}"
     )
 
 
@@ -192,6 +191,11 @@ def stacked_parameters(model: nn.Module) -> list[str]:
         if is_stacked and not type(owner).__module__.startswith("torch.nn"):
             stacked.append(name)
     return stacked
+
+
+def stacked_names(model: nn.Module) -> list[str]:
+    """The same, as `target_parameters` would name them in every layer."""
+    return sorted({_short(name) for name in stacked_parameters(model)})
 
 
 def check_unreached(model: nn.Module, config: SMTConfig, modules: Iterable[str]) -> None:

@@ -146,8 +146,15 @@ class ParamWrapper(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
-        self.merged_adapters = []
         self._lock = _Lock()
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return next((layer.active_adapter for layer in self.layers().values()), self._active_adapter)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return next((layer.merged_adapters for layer in self.layers().values()), [])
 
     @property
     def weight(self) -> Any:

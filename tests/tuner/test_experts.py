@@ -523,6 +523,32 @@ class TestAdapters:
             both.set_adapter(name)
             assert torch.equal(both(**batch()).logits, logits)
 
+    def test_what_peft_says_of_the_model(self):
+        model = adapted(tiny_mixtral(), target_modules=["q_proj"])
+        model.add_adapter("other", SMTConfig(**{**SETTINGS, "seed": 1}))
+        model.set_adapter("other")
+        status = model.get_model_status()
+        assert status.active_adapters == ["other"] and status.enabled is True and status.merged_adapters == []
+        assert status.requires_grad == {"default": False, "other": True}
+        model.merge_adapter()
+        assert {tuple(each.merged_adapters) for each in model.get_layer_status() if "experts" in each.name} == {
+            ("other",)
+        }
+        model.unmerge_adapter()
+        model.base_model.disable_adapter_layers()
+        assert model.get_model_status().enabled is False
+        trainable, _ = adapted(tiny_mixtral()).get_nb_trainable_parameters()
+        total = sum(p.numel() for name, p in tiny_mixtral().named_parameters() if name.endswith(tuple(EXPERTS)))
+        assert 0.28 * total < trainable <= 0.3 * total
+
+    @pytest.mark.parametrize(("make", "how"), CASES)
+    def test_generation_is_that_of_the_merged_model(self, make, how):
+        model = adapted(built(make, how)).eval()
+        prompt = {"input_ids": batch()["input_ids"], "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+        settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        ours = model.generate(**prompt, **settings)
+        assert torch.equal(ours, model.merge_and_unload().generate(**prompt, **settings))
+
     def test_two_active_add_up(self):
         base = tiny_gpt_oss()
         plain = copy.deepcopy(base)
@@ -743,6 +769,10 @@ class TestTargetsThatWouldStayFrozen:
             ),
             ({"target_parameters": ["lm_head.weight"], "modules_to_save": ["lm_head"]}, r"left out by"),
             ({"layers_to_transform": [7]}, r"left out by"),
+            (
+                {"target_parameters": None, "target_modules": r".*up_proj"},
+                r"not found.*Its experts are no modules.*down_",
+            ),
             (
                 {"target_parameters": None, "target_modules": ["gate_up_proj"]},
                 r"no module but a parameter.*target_param",

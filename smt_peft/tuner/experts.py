@@ -193,7 +193,7 @@ class ParamWrapper(nn.Module, BaseTunerLayer):
             with replaced(self.get_base_layer(), {name: each.stand_in() for name, each in products.items()}):
                 y = self.base_layer(*args, **kwargs)
             for each in products.values():
-                each.close()
+                y = each.close(y)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -242,7 +242,7 @@ class _BlockProducts:
 
     def __init__(self, name: str, weight: nn.Parameter, blocks: list[SMTBlocks], swap: bool):
         self.name, self.weight, self.blocks, self.swap = name, weight, blocks, swap
-        self._open, self._unrecorded = False, False
+        self._open, self._reached, self._unrecorded = False, False, False
         self._dense: dict[bool, Tensor] = {}
 
     def stand_in(self) -> StandIn:
@@ -253,8 +253,8 @@ class _BlockProducts:
         self._open = True
         return StandIn(self)
 
-    def close(self) -> None:
-        """End of the call.
+    def close(self, y: Any) -> Any:
+        """End of the call, whose result is returned.
 
         Raises:
             RuntimeError: blocks that train were used where no gradient is recorded.
@@ -266,6 +266,10 @@ class _BlockProducts:
                 f"{self.name}: the module computes with the weight where no gradient is recorded, so its blocks would "
                 "silently stay frozen; use experts_implementation='eager', 'batched_mm' or 'grouped_mm'"
             )
+        if self._recording and not self._reached and isinstance(y, Tensor):
+            # No expert with blocks saw a row. Without a gradient DDP would wait for one.
+            y = _Unreached.apply(y, *(blocks.weight for blocks in self.blocks))
+        return y
 
     def _used(self) -> None:
         if not self._open:
@@ -277,6 +281,7 @@ class _BlockProducts:
         weight = self.weight if expert is None else self.weight[expert]
         weight_NK = weight.t() if flipped else weight
         parts = self._parts(expert or 0, flipped)
+        self._reached |= bool(parts)
         if not parts or self.weight.requires_grad:
             y = F.linear(x, weight_NK, bias)
             for delta_Brc, layout in parts:
@@ -308,6 +313,7 @@ class _BlockProducts:
         if len(self.blocks) > 1 or weight.requires_grad or not plain or not len(x_TK):
             return NotImplemented
         self._used()
+        self._reached = True
         (blocks,), ((held, layouts),) = self.blocks, self._split
         runs, row, block = [], 0, 0
         for rows, number, layout in zip(counts, held, layouts, strict=True):
@@ -319,6 +325,7 @@ class _BlockProducts:
 
     def dense(self, operation: str) -> Tensor:
         self._used()
+        self._reached = True
         once(
             f"{self.name}: no way is known to compute '{operation}' by blocks, so a dense copy of the weight is made "
             "at every call; experts_implementation='eager', 'batched_mm' or 'grouped_mm' need none"
@@ -357,6 +364,19 @@ class _Merged(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_delta = ops.block_gather(grad.reshape(ctx.layout.grid.shape), ctx.layout).to(ctx.dtype)
         return grad if ctx.needs_input_grad[0] else None, d_delta, None
+
+
+class _Unreached(torch.autograd.Function):
+    """The identity on a result that does not depend on these blocks; their gradient is zero."""
+
+    @staticmethod
+    def forward(ctx, y, *deltas):
+        ctx.deltas = [(delta.shape, delta.dtype) for delta in deltas]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(grad.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.deltas)
 
 
 class _Lock:

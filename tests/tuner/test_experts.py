@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM
 
-from smt_peft import SMTConfig, ops
+from smt_peft import BlockSelection, SMTConfig, ops
+from smt_peft.blocks import BlockGrid
 from smt_peft.ops import swap
 from smt_peft.optim import SMTAdamW
 from smt_peft.stand_in import StandIn
@@ -108,6 +109,20 @@ class TestGradients:
             used = layer.smt_blocks["default"].weight.grad.unflatten(0, (8, -1)).flatten(1).any(1)
             # Two tokens of two experts each.
             assert 0 < used.sum() <= 4, name
+
+    def test_blocks_in_no_expert_that_is_used_get_zeros(self):
+        """Not None: DDP waits for the gradient of every parameter, and momentum goes on."""
+        model = Bank(lambda m, x: F.linear(x, m.stack[2]))
+        grid = BlockGrid(36, 8, 4, 4)
+        blocks = {"bank.stack": torch.tensor([[0, 0], [5, 1]], dtype=torch.int32)}
+        selection = BlockSelection(blocks, {"bank.stack": grid})
+        model = adapted(model, target_parameters=["bank.stack"], block_size=4, selection=selection).train()
+        x = torch.randn(2, 8, requires_grad=True)
+        upstream = torch.randn(2, 12)
+        model(x).backward(upstream)
+        assert not layers(model)["bank.stack"].smt_blocks["default"].weight.grad.any()
+        expected = upstream @ model.get_base_model().bank.base_layer.stack[2]
+        assert torch.equal(x.grad, expected)
 
     @pytest.mark.parametrize("reentrant", [False, True])
     @pytest.mark.parametrize("how", IMPLEMENTATIONS)

@@ -148,7 +148,7 @@ def _data_ptr(func: Callable, weight: StandIn) -> Any:
 
 def _index(func: Callable, weight: StandIn, index: Any) -> Any:
     view = weight.view_of
-    if not isinstance(weight, StandIn) or view.is_matrix or view.samples is not None or view.transposed:
+    if view.is_matrix or view.samples is not None:
         return NotImplemented
     if isinstance(index, Tensor) and index.ndim == 1 and index.dtype in (torch.int32, torch.int64):
         return weight._show(view.plain[:1].expand(len(index), -1, -1), samples=index)
@@ -163,21 +163,32 @@ def _index(func: Callable, weight: StandIn, index: Any) -> Any:
 
 def _transpose(func: Callable, weight: StandIn, *dims: Any) -> Any:
     plain = func(weight.view_of.plain, *dims)
-    if plain.data_ptr() != weight.view_of.plain.data_ptr() or plain.stride() != weight.view_of.plain.mT.stride():
+    turned = weight.view_of.plain.mT
+    if plain.shape != turned.shape or plain.stride() != turned.stride():
         return NotImplemented
     return weight._show(plain, transposed=not weight.view_of.transposed)
 
 
 def _same(func: Callable, weight: StandIn, *args: Any, **kwargs: Any) -> Any:
-    """`to`, `contiguous` and the like where they change nothing."""
+    """`to`, `contiguous` and the like where they change nothing, which PyTorch says by giving back what it got."""
     plain = weight.view_of.plain
-    if weight.view_of.samples is not None:
-        return NotImplemented
-    wanted = [*args, *kwargs.values()]
-    known = all(other in (plain.dtype, plain.device, str(plain.device), False, None) for other in wanted)
-    return weight if known and (wanted or plain.is_contiguous()) else NotImplemented
+    return weight if func(plain, *args, **kwargs) is plain else NotImplemented
 
 
+def _product(compute: Callable) -> Callable:
+    """Operands by position, whatever the operation calls them; NotImplemented where it is told more, such as `out`."""
+    names = ("input", "mat_a", "other", "mat2", "mat_b", "weight", "bias", "offs")
+
+    def answer(func: Callable, *args: Any, **kwargs: Any) -> Any:
+        named = [kwargs.pop(name) for name in names if name in kwargs and kwargs[name] is not None]
+        if any(value is not None for value in kwargs.values()):
+            return NotImplemented
+        return compute(func, *args, *named)
+
+    return answer
+
+
+@_product
 def _linear(func: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not _can_multiply(x, weight) or isinstance(bias, StandIn) or not weight.view_of.is_matrix:
         return NotImplemented
@@ -185,10 +196,11 @@ def _linear(func: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = Non
     return weight.products.product(x, view.expert, view.transposed, bias)
 
 
+@_product
 def _matmul(func: Callable, left: Tensor, right: Tensor) -> Any:
     stand_in = right if isinstance(right, StandIn) else left
     if not stand_in.view_of.is_matrix:
-        return _bmm(func, left, right)
+        return _bmm(func, left, right) if left.ndim == right.ndim == 3 else NotImplemented
     if stand_in is left:
         if isinstance(right, StandIn) or not _can_multiply(right, left) or right.ndim != 2:
             return NotImplemented
@@ -198,10 +210,12 @@ def _matmul(func: Callable, left: Tensor, right: Tensor) -> Any:
     return right.products.product(left, right.view_of.expert, not right.view_of.transposed, None)
 
 
+@_product
 def _rmatmul(func: Callable, right: Tensor, left: Tensor) -> Any:
     return _matmul(func, left, right)
 
 
+@_product
 def _bmm(func: Callable, left: Tensor, right: Tensor) -> Any:
     if isinstance(left, StandIn):
         # W x = (x^T W^T)^T
@@ -231,9 +245,10 @@ def _batched(x_STK: Tensor, weight: StandIn, flipped: bool) -> Any:
     return y_TN.unflatten(0, (samples, tokens)).index_select(0, back)
 
 
-def _grouped(func: Callable, x_TK: Tensor, weight: Tensor, offs: Tensor | None = None, **others: Any) -> Any:
+@_product
+def _grouped(func: Callable, x_TK: Tensor, weight: Tensor, offs: Tensor | None = None) -> Any:
     """Rows sorted by expert; `offs` `(E,)` says where each expert's rows end."""
-    if any(value is not None for value in others.values()) or not _can_multiply(x_TK, weight, autocast=False):
+    if not _can_multiply(x_TK, weight, autocast=False):
         return NotImplemented
     view = weight.view_of
     if view.is_matrix or view.samples is not None or x_TK.ndim != 2 or offs is None:
@@ -281,7 +296,7 @@ _KNOWN: dict[str, Callable] = {
     **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),
     "__getitem__": _index,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims", "permute", "t", "T", "mT"), _transpose),
-    **dict.fromkeys(("to", "contiguous", "type"), _same),
+    **dict.fromkeys(("to", "contiguous", "float", "double", "half", "bfloat16", "cuda", "cpu"), _same),
     "data_ptr": _data_ptr,
     **dict.fromkeys(
         (

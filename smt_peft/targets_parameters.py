@@ -207,20 +207,21 @@ def check_unreached(model: nn.Module, config: SMTConfig, modules: Iterable[str])
     Raises:
         ValueError: a name in `target_modules` matches parameters only.
     """
-    if config.block_pattern or config.target_parameters is not None:
+    if config.block_pattern:
         return
     stacked = stacked_parameters(model)
     names = config.target_modules
     if isinstance(names, (list, tuple, set)):
-        reached = list(modules)
+        reached, trained = list(modules), config.target_parameters or ()
         for entry in sorted(names):
-            if not _ending(reached, entry) and (found := _ending(stacked, entry)):
+            found = [name for name in _ending(stacked, entry) if not any(_ending([name], end) for end in trained)]
+            if found and not _ending(reached, entry):
                 raise ValueError(
                     f"target_modules names {entry!r}, which is no module but a parameter ({found[0]}), so it would "
                     f"silently stay frozen; name it in target_parameters=[{_short(found[0])!r}] instead"
                 )
         stacked = [name for name in stacked if any(_ending([name], entry) for entry in names)]
-    if stacked:
+    if stacked and config.target_parameters is None:
         known = sorted({_short(name) for name in stacked})
         once(
             f"{len(stacked)} parameters that hold the weights of experts stay frozen, such as {stacked[0]}: "

@@ -353,12 +353,21 @@ class TestStandIn:
             x.flatten(0, 1), m.stack.mT, offs=torch.tensor([4, 4, 15], dtype=torch.int32)
         ),
         "converted to itself": lambda m, x: F.linear(x[0], m.stack[0].to(x.dtype).to(x.device).contiguous()),
+        "operands by name": lambda m, x: (
+            F.linear(input=x[0], weight=m.stack[0], bias=m.vector) + torch.mm(input=x[0], mat2=m.stack[1].t())
+        ),
+        "turned, then indexed": lambda m, x: x[0] @ m.stack.mT[1] + x[1] @ m.stack.transpose(-1, -2)[torch.tensor(2)],
         "one matrix": lambda m, x: F.linear(x, m.one),
         "one matrix, several times": lambda m, x: F.linear(x, m.one) + x @ m.one.T,
         "one row of x": lambda m, x: F.linear(x[0, 0], m.one),
     }
     UNKNOWN = {
         "einsum": lambda m, x: torch.einsum("etk,enk->etn", x, m.stack),
+        "into another tensor": lambda m, x: (
+            torch.mm(x[0].detach(), m.stack[0].t().detach(), out=torch.empty(5, 12)) + x.sum()
+        ),
+        "a vector from the right": lambda m, x: m.stack @ x[0, 0],
+        "other axes": lambda m, x: x[0] @ m.stack.transpose(0, 1)[0].T,
         "chunks": lambda m, x: torch.cat([F.linear(x[0], part) for part in m.stack[0].chunk(2)], -1),
         "slices": lambda m, x: F.linear(x[0], m.stack[:, :4].sum(0)),
         "embedding": lambda m, x: F.embedding(torch.tensor([[1, 5]]), m.one),
@@ -793,9 +802,10 @@ class TestTargetsThatWouldStayFrozen:
                 r"no module but a parameter.*target_param",
             ),
             (
-                {"target_parameters": None, "target_modules": ["q_proj", "experts.down_proj"]},
+                {"target_parameters": [], "target_modules": ["q_proj", "experts.down_proj"]},
                 r"no module but a parameter",
             ),
+            ({"target_parameters": EXPERTS[:1], "target_modules": ["down_proj"]}, r"no module but a parameter"),
         ],
     )
     def test_are_errors_that_leave_no_trace(self, settings, message):

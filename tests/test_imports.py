@@ -20,9 +20,21 @@ ALLOWED = {
     "ops": {"blocks", "say"},
     "optim": {"ops", "say"},
     "bench": {"blocks", "ops", "say"},
-    "targets": {"config", "fingerprint", "packed", "say"},
-    "selection": {"blocks", "config", "fingerprint", "ops", "packed", "say", "targets"},
-    "tuner": {"blocks", "config", "fingerprint", "ops", "packed", "say", "selection", "targets"},
+    "stand_in": set(),
+    "targets": {"blocks", "config", "fingerprint", "packed", "say", "targets_parameters"},
+    "targets_parameters": {"blocks", "config", "say"},
+    "selection": {
+        "blocks",
+        "config",
+        "fingerprint",
+        "ops",
+        "packed",
+        "say",
+        "stand_in",
+        "targets",
+        "targets_parameters",
+    },
+    "tuner": {"blocks", "config", "fingerprint", "ops", "packed", "say", "selection", "stand_in", "targets"},
     "export": {"blocks", "config", "ops", "packed", "say", "tuner"},
     "report": {"blocks", "config", "export", "ops", "say"},
     "training": {
@@ -45,7 +57,7 @@ ALLOWED = {
 }
 # The hosts, and the rooms that may know them.
 HOSTS = {
-    "peft": {"_register", "config", "packed", "targets", "tuner", "export", "training"},
+    "peft": {"_register", "config", "packed", "targets", "targets_parameters", "tuner", "export", "training"},
     "bitsandbytes": {"packed"},
     "torchao": {"packed"},
     "hqq": {"packed"},

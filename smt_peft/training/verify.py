@@ -226,12 +226,13 @@ def _compare_weights(
     after = dict(merged.named_parameters())
     same, untouched = True, 0
     for name, before in base.named_parameters():
-        module = name.removesuffix(".weight")
+        # A bare parameter has blocks of its own, `experts.down_proj`.
+        module = name if name in layouts else name.removesuffix(".weight")
         if any(key.startswith(name.rpartition(".")[0] + ".") for key in in_full):
             continue
         expected = before.detach()
-        if name.endswith(".weight") and module in layouts:
-            transposed = isinstance(base.get_submodule(module), Conv1D)
+        if module in layouts:
+            transposed = module != name and isinstance(base.get_submodule(module), Conv1D)
             expected = _merged_by_hand(expected.t() if transposed else expected, layouts[module], deltas[module])
             expected = expected.t() if transposed else expected
             untouched -= layouts[module].effective_numel

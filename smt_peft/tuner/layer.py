@@ -38,13 +38,13 @@ class SMTLayer(BaseTunerLayer):
         # What has been merged into the weight, in order: by this layer and, where the weight is tied, by others.
         self._merges: list[tuple[SMTLayer, str]] = []
         self._told: str | None = None
+        self.out_features, self.in_features = self._features()
+
+    def _features(self) -> tuple[int, int]:
         base = self.get_base_layer()
         if isinstance(base, nn.Embedding):
-            self.out_features, self.in_features = base.num_embeddings, base.embedding_dim
-            return
-        is_conv1d = isinstance(base, Conv1D)
-        self.out_features = base.nf if is_conv1d else base.out_features
-        self.in_features = base.nx if is_conv1d else base.in_features
+            return base.num_embeddings, base.embedding_dim
+        return (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
 
     def weight_view(self) -> Tensor:
         """The base weight as an `(out_features, in_features)` view."""
@@ -175,7 +175,7 @@ class SMTLayer(BaseTunerLayer):
 
     def heal(self) -> None:
         """Put the base back if an interrupt cut a swap off; see `ops.swap`."""
-        ops.heal(self.get_base_layer().weight)
+        ops.heal(self.stored_weight())
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):

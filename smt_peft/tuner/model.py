@@ -11,16 +11,16 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config import SMTConfig
 from ..fingerprint import fingerprint
-from ..packed import format_of, keep_exact, let_repack, quantization_of, unpacked_numel
+from ..packed import format_of, is_packed, keep_exact, let_repack, quantization_of, unpacked_numel
 from ..say import say
 from ..targets import DEFAULT_TARGETS
 from .combination import check_combination, combined_config, weighted_sum
 from .delta import SMTBlocks
 from .embedding import Embedding
+from .experts import ParameterLayer, ParamWrapper, check_rows
 from .layer import SMTLayer
 from .linear import Linear
 from .plan import Plan, check_base, make_plan
@@ -74,6 +74,11 @@ class SMTModel(BaseTuner):
                 "parameters, though print_trainable_parameters counts them"
             )
 
+    def _prepare_adapter_config(self, peft_config: SMTConfig, model_config: dict) -> SMTConfig:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _prepare_model(self, peft_config: SMTConfig, model: nn.Module) -> None:
         """Settle every block before the first layer is touched."""
         plan = make_plan(model, peft_config)
@@ -83,10 +88,12 @@ class SMTModel(BaseTuner):
             base_fingerprint=plan.base_fingerprint,
             base_quantization=quantization,
         )
-        known = (nn.Linear, Conv1D, BaseTunerLayer)
-        if not all(isinstance(model.get_submodule(name), known) for name in plan.selection.blocks):
+        modules = {name: module for name, module in model.named_modules() if name in plan.selection.blocks}
+        if any(is_packed(module) and not isinstance(module, nn.Linear) for module in modules.values()):
             # PEFT's own "all-linear" would pass over quantised layers that are no `nn.Linear`.
-            peft_config.target_modules = set(plan.selection.blocks)
+            peft_config.target_modules = {
+                name for name, module in modules.items() if not isinstance(module, ParameterLayer)
+            }
         peft_config.plan = plan
 
     @staticmethod
@@ -106,11 +113,21 @@ class SMTModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **_: Any,
     ) -> None:
         plan: Plan = peft_config.plan
+        if parameter_name is not None and current_key not in plan.selection.blocks:
+            # PEFT goes by the names alone: without a chosen block, or outside layers_to_transform.
+            return
         grid, num_blocks, index = plan.entry(current_key)
         inference_mode = getattr(peft_config, "inference_mode", False)
+        if parameter_name is not None:
+            wrapper = parent if isinstance(parent, ParamWrapper) else target
+            if not isinstance(wrapper, ParamWrapper):
+                wrapper = ParamWrapper(target)
+                self._replace_module(parent, target_name, wrapper, target)
+            target = wrapper.layer(parameter_name, current_key, self.active_adapters)
         if isinstance(target, SMTLayer):
             target.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
             return
@@ -206,7 +223,7 @@ class SMTModel(BaseTuner):
         records: dict[int, list] = {}
         for layer in _layers_of(self.model):
             layer.check_merge(adapter_names, safe_merge)
-            record = records.setdefault(id(layer.get_base_layer().weight), layer._merges)
+            record = records.setdefault(id(layer.stored_weight()), layer._merges)
             if layer._merges is not record:
                 record.extend(layer._merges)
                 layer._merges = record
@@ -221,6 +238,7 @@ class SMTModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = _layers_of(self.model)
+        check_rows(layers, adapter_names)
         known = {name for layer in layers for name in layer.smt_blocks} | {"__base__"}
         unknown = sorted(set(adapter_names) - known)
         if unknown:
@@ -299,8 +317,13 @@ class SMTModel(BaseTuner):
 
 def take_out(model: nn.Module, adapter_name: str, requires_grad: dict[str, bool]) -> None:
     """Undo the injection of an adapter: its layers, its wrappers, and the flags of the parameters that were there."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SMTLayer):
+    # Inner modules first: what is left of a wrapper shows only then.
+    for name, module in reversed(list(model.named_modules())):
+        if isinstance(module, ParamWrapper):
+            wrapped, left = module.base_layer, module.take_out(adapter_name)
+        elif isinstance(module, ParameterLayer):
+            continue
+        elif isinstance(module, SMTLayer):
             module.delete_adapter(adapter_name)
             wrapped, left = module.base_layer, module.smt_blocks
         elif isinstance(module, AuxiliaryTrainingWrapper):

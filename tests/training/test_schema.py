@@ -41,6 +41,7 @@ def test_our_own_keys_are_these():
         "smt." + name
         for name in (
             "target_modules",
+            "target_parameters",
             "exclude_modules",
             "block_size",
             "density",

@@ -25,6 +25,7 @@ from .config import SMTConfig
 from .fingerprint import Weight
 from .packed import format_of, is_packed, stored
 from .say import once
+from .sharded import is_dtensor
 from .targets_parameters import ParameterTarget, check_unreached, find_parameters, stacked_names
 
 # What PEFT puts around a module; the module is named by its outer name, whatever lies inside.
@@ -48,9 +49,14 @@ class Target:
     is_merged: bool = False
 
     @property
+    def stored(self) -> Tensor:
+        """The weight as the layer stores it."""
+        return stored(self.module)
+
+    @property
     def weight(self) -> Tensor:
         """The weight as an `(out_features, in_features)` view; a packed one as it is stored."""
-        weight = stored(self.module)
+        weight = self.stored
         return weight.t() if self.transposed else weight
 
     @property
@@ -94,7 +100,9 @@ class Target:
             ValueError: a quantised weight cannot be dequantised.
         """
         packed = format_of(self.module)
-        return self.weight if packed is None else packed.read(self.module)
+        if packed is not None:
+            return packed.read(self.module)
+        return self.weight.full_tensor() if is_dtensor(self.weight) else self.weight
 
     @property
     def evidence(self) -> Weight:

@@ -9,6 +9,7 @@ import torch
 from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
 from ..say import once
+from ..sharded import is_offloaded, present
 from ..targets import Target
 from .budget import PATTERNS, choose_blocks, choose_pattern, module_seed
 from .experts import joined, matrices
@@ -40,7 +41,7 @@ def select_without_data(
     everything, targets = targets, matrices(targets) if counts is None else targets
     grids = {name: (grids or {}).get(name) or target.grid(config) for name, target in targets.items()}
     score = "random" if config.needs_data else config.score
-    if score not in PATTERNS and any(target.weight.is_meta for target in targets.values()):
+    if score not in PATTERNS and any(_is_gone(target) for target in targets.values()):
         once(f"score={score!r} needs weights, but the model is on the meta device; blocks are chosen at random")
         score = "random"
     scores = {}
@@ -61,10 +62,16 @@ def _scores(score: str, target: Target, grid: BlockGrid, config: SMTConfig) -> t
         return random_scores(grid, seed)
     if score == "diagonal":
         return diagonal_scores(grid, torch.from_numpy(diagonal_order(grid, grid.num_blocks)))
-    check_readable(target, score)
-    if score == "magnitude":
-        return checked(target.name, magnitude(target.read(), grid))
-    return checked(target.name, low_rank_magnitude(target.read(), grid, seed))
+    with present(target.module):
+        check_readable(target, score)
+        if score == "magnitude":
+            return checked(target.name, magnitude(target.read(), grid))
+        return checked(target.name, low_rank_magnitude(target.read(), grid, seed))
+
+
+def _is_gone(target: Target) -> bool:
+    """Whether the weight is on the meta device for good, not only between calls."""
+    return target.weight.is_meta and not is_offloaded(target.module)
 
 
 def check_readable(target: Target, score: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from ..config import SMTConfig
 from ..fingerprint import fingerprint
 from ..packed import format_of, is_packed, keep_exact, let_repack, quantization_of, unpacked_numel
 from ..say import say
+from ..sharded import full_numel, is_offloaded, is_partitioned, plain_name, present, why_absent
 from ..targets import DEFAULT_TARGETS
 from .combination import check_combination, combined_config, weighted_sum
 from .delta import SMTBlocks
 from .embedding import Embedding
+from .engines import PlainNames, gather_blocks
 from .experts import ParameterLayer, ParamWrapper, check_rows
 from .layer import SMTLayer
 from .linear import Linear
@@ -149,7 +151,11 @@ class SMTModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer"):
-            super()._replace_module(parent, child_name, new_module, child)
+            if is_offloaded(new_module.get_base_layer()):
+                # PEFT would send the blocks to where the weight is between calls: the meta device.
+                setattr(parent, child_name, new_module)
+            else:
+                super()._replace_module(parent, child_name, new_module, child)
         else:
             # Unloading: the module goes back as it is. PEFT would copy the wrapper's weight into it, which is no
             # Parameter where token rows are trained.
@@ -222,7 +228,8 @@ class SMTModel(BaseTuner):
         """Look at every layer before the first is written; layers that share a weight keep one record of merges."""
         records: dict[int, list] = {}
         for layer in _layers_of(self.model):
-            layer.check_merge(adapter_names, safe_merge)
+            with present(layer.get_base_layer()) if is_offloaded(layer.get_base_layer()) else nullcontext():
+                layer.check_merge(adapter_names, safe_merge)
             record = records.setdefault(id(layer.stored_weight()), layer._merges)
             if layer._merges is not record:
                 record.extend(layer._merges)
@@ -268,11 +275,15 @@ class SMTModel(BaseTuner):
         """Tensors to save; the config saved beside them is brought in line, as it may serve several models."""
         layers = {layer.smt_name: layer for layer in _layers_of(model) if adapter_name in layer.smt_blocks}
         blocks = {name: layer.smt_blocks[adapter_name] for name, layer in layers.items()}
-        config.block_pattern = {name: list(module.weight.shape) for name, module in blocks.items()}
-        if not any(layer.merged for layer in layers.values()):
+        config.block_pattern = {name: list(module.shape) for name, module in blocks.items()}
+        # Of a base that cannot be read now, what was read when the adapter was put in still holds.
+        if not any(layer.merged or why_absent(layer.stored_weight()) for layer in layers.values()):
             config.base_fingerprint = fingerprint({name: layer.evidence() for name, layer in layers.items()})
             config.base_quantization = quantization_of(model)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tensors = super()._get_adapter_state_dict(
+            PlainNames(model), config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return gather_blocks(tensors, _blocks_of(model, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -284,7 +295,7 @@ class SMTModel(BaseTuner):
             ValueError: an index or a weight is damaged or belongs to another model; names the module. An adapter that
                 was being added is taken out again.
         """
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(PlainNames(model), config, adapter_name, state_dict)
         blocks = _blocks_of(model, adapter_name)
         try:
             _check_file(remapped, blocks)
@@ -311,8 +322,9 @@ class SMTModel(BaseTuner):
             for module in self.model.modules()
             if isinstance(module, SMTBlocks) and module.weight.requires_grad
         )
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return trainable - padding, sum(unpacked_numel(p) for p in self.model.parameters()) - padding
+        trainable = sum(full_numel(p) for p in self.model.parameters() if p.requires_grad)
+        everything = sum(full_numel(p) if is_partitioned(p) else unpacked_numel(p) for p in self.model.parameters())
+        return trainable - padding, everything - padding
 
 
 def take_out(model: nn.Module, adapter_name: str, requires_grad: dict[str, bool]) -> None:
@@ -344,9 +356,10 @@ def _layers_of(model: nn.Module) -> list[SMTLayer]:
 
 
 def _blocks_of(model: nn.Module, adapter_name: str) -> dict[str, SMTBlocks]:
+    named = ((plain_name(name), module) for name, module in model.named_modules())
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in named
         if isinstance(module, SMTBlocks) and name.endswith(f"smt_blocks.{adapter_name}")
     }
 

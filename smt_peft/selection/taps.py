@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..targets import Target
-from .embedding import look_ups_tapped
 from .scores import ActivationScore, GradientScore
+from .tables import look_ups_tapped
 
 
 class _Tap(torch.autograd.Function):

@@ -21,9 +21,9 @@ from ..say import say
 from ..targets import Target, find_targets
 from .budget import choose_blocks
 from .datafree import check_readable, provenance, select_without_data
-from .embedding import TableScore
 from .guard import base_of, borrowed
 from .scores import ActivationScore, GradientScore
+from .tables import TableScore
 from .taps import ActivationTaps, GradientTaps
 
 Taps = GradientTaps | ActivationTaps

@@ -217,7 +217,7 @@ class SMTConfig(PeftConfig):
         """Whether the score looks at gradients or activations."""
         return self.score not in DATA_FREE_SCORES
 
-    def own_density(self, name: str) -> str | None:
+    def density_key(self, name: str) -> str | None:
         """The key of `density_pattern` that the module matches, or None."""
         pattern = get_pattern_key(self.density_pattern or {}, name)
         return pattern if pattern in (self.density_pattern or {}) else None
@@ -227,7 +227,7 @@ class SMTConfig(PeftConfig):
         if self.block_size != "auto":
             size = self.block_size if isinstance(self.block_size, int) else tuple(self.block_size)
             return BlockGrid.fit(shape, size)
-        own = self.own_density(name)
+        own = self.density_key(name)
         density = self.density if own is None else self.density_pattern[own]
         side = max(MIN_AUTO_SIDE, min(MAX_AUTO_SIDE, density * min(shape)))
         return BlockGrid.fit(shape, 2 ** math.floor(math.log2(side)))

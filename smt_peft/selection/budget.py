@@ -213,7 +213,7 @@ def _groups(names: list[str], budget: str) -> dict[str, list[str]]:
 
 def _pattern_scopes(grids: Mapping[str, BlockGrid], config: SMTConfig) -> dict[str, Scope]:
     """One scope for each module with a density of its own."""
-    owners = {name: pattern for name in grids if (pattern := config.own_density(name)) is not None}
+    owners = {name: pattern for name in grids if (pattern := config.density_key(name)) is not None}
     for pattern in config.density_pattern or ():
         if pattern not in owners.values():
             raise ValueError(

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..targets import Target
 from ..targets_parameters import ParameterTarget
-from .embedding import look_ups_tapped
 from .experts import parameters_tapped
 from .scores import ActivationScore, GradientScore
+from .tables import look_ups_tapped
 
 
 class _Tap(torch.autograd.Function):

@@ -22,10 +22,10 @@ from ..sharded import execution_device, is_offloaded, is_sharded, plain_name, wh
 from ..targets import Target, find_targets
 from .budget import choose_blocks
 from .datafree import check_readable, provenance, select_without_data
-from .embedding import TableScore
 from .experts import MatrixActivation, joined, matrices, tappable_experts
 from .guard import base_of, borrowed
 from .scores import ActivationScore, GradientScore
+from .tables import TableScore
 from .taps import ActivationTaps, GradientTaps
 
 Taps = GradientTaps | ActivationTaps

@@ -125,7 +125,8 @@ class SMTBlocks(nn.Module):
     def _remake_layout(self) -> None:
         """Make the layout of a new index now, so that a compiler finds it made; a bad one is told at its first use."""
         try:
-            if not self.index.is_meta:
+            # Not of an index without values: on the meta device, or a stand-in for tracing.
+            if type(self.index) is Tensor and not self.index.is_meta:
                 self.layout()
         except ValueError:
             self._layout = None

@@ -195,6 +195,17 @@ class BlockLayout:
         return self.blocks[:, 1].long().contiguous()
 
     @cached_property
+    def row_starts(self) -> Tensor:
+        """Number of the first block of each row stripe, then B, int64 `(R + 1,)`; for blocks sorted by row."""
+        stripes = torch.arange(self.grid.row_stripes + 1, device=self.blocks.device)
+        return torch.searchsorted(self.block_rows, stripes)
+
+    @cached_property
+    def max_blocks_in_row(self) -> int:
+        """How many blocks the fullest row stripe holds."""
+        return int(self.row_starts.diff().max())
+
+    @cached_property
     def effective_numel(self) -> int:
         return self.grid.effective_numel(self.blocks)
 
@@ -252,6 +263,7 @@ class BlockLayout:
         """Compute every index tensor now, as ordinary tensors also when called in inference mode. Returns itself."""
         with torch.inference_mode(False):
             self.check()
+            self.row_starts, self.max_blocks_in_row  # noqa: B018
             for layout in (self, self.transposed, self.packed):
                 if layout.grid.is_ragged:
                     layout.elements  # noqa: B018

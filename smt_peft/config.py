@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 from safetensors import SafetensorError, safe_open
 
@@ -66,6 +67,11 @@ class SMTConfig(PeftConfig):
         density: trained share of the targeted weights, in (0, 1]. Exactly one of `density` and `num_blocks`; 0.01
             when neither is given.
         num_blocks: number of blocks within each scope of the budget.
+        density_pattern: `{regex: density}`, densities of single modules, matched as LoRA's `rank_pattern` is: against
+            the end of a module's name, from a dot on, the first match counting. Such a module has a budget of its own,
+            `density` of its own weights, and stands outside of `budget`: the other modules share what `density` of
+            their weights is. `block_size="auto"` follows it. A pattern that matches no target is an error, and so is
+            `num_blocks` beside it.
         score: how a block is ranked; one of `grad_abs` (mean over batches of |g|), `grad_sum_abs` (|sum of g|),
             `mean_abs` (|mean of signed g|), `grad_sq` (mean of g squared), `taylor` (|w g|), `activation` (per input
             column), `magnitude` (|w|), `low_rank_magnitude` (|w| after rank reduction), `random`, `diagonal`; or a
@@ -105,6 +111,7 @@ class SMTConfig(PeftConfig):
     block_size: int | list[int] | Literal["auto"] = "auto"
     density: float | None = None
     num_blocks: int | None = None
+    density_pattern: dict[str, float] | None = None
     score: str | Callable = "grad_abs"
     budget: str | dict[str, float] = "per_module"
     spread: Literal["free", "capped", "assignment"] = "assignment"
@@ -207,12 +214,19 @@ class SMTConfig(PeftConfig):
         """Whether the score looks at gradients or activations."""
         return self.score not in DATA_FREE_SCORES
 
-    def grid(self, shape: tuple[int, int]) -> BlockGrid:
-        """The tiling of a matrix of `(out_features, in_features)` under `block_size`."""
+    def own_density(self, name: str) -> str | None:
+        """The key of `density_pattern` that the module matches, or None."""
+        pattern = get_pattern_key(self.density_pattern or {}, name)
+        return pattern if pattern in (self.density_pattern or {}) else None
+
+    def grid(self, shape: tuple[int, int], name: str = "") -> BlockGrid:
+        """The tiling of a matrix of `(out_features, in_features)`, the weight of module `name`, under `block_size`."""
         if self.block_size != "auto":
             size = self.block_size if isinstance(self.block_size, int) else tuple(self.block_size)
             return BlockGrid.fit(shape, size)
-        side = max(MIN_AUTO_SIDE, min(MAX_AUTO_SIDE, self.density * min(shape)))
+        own = self.own_density(name)
+        density = self.density if own is None else self.density_pattern[own]
+        side = max(MIN_AUTO_SIDE, min(MAX_AUTO_SIDE, density * min(shape)))
         return BlockGrid.fit(shape, 2 ** math.floor(math.log2(side)))
 
     def _check_targets(self) -> None:
@@ -253,11 +267,26 @@ class SMTConfig(PeftConfig):
             _check_share("density", self.density)
         elif not _is_int(self.num_blocks) or self.num_blocks < 1:
             raise ValueError(f"num_blocks must be a positive int, got {self.num_blocks!r}")
+        self._check_density_pattern()
         self._check_block_size()
         if self.max_column_share is not None:
             _check_share("max_column_share", self.max_column_share)
         if self.max_lora_rank is not None and (not _is_int(self.max_lora_rank) or self.max_lora_rank < 1):
             raise ValueError(f"max_lora_rank must be a positive int, got {self.max_lora_rank!r}")
+
+    def _check_density_pattern(self) -> None:
+        pattern = self.density_pattern
+        if pattern is None:
+            return
+        if not isinstance(pattern, Mapping) or not pattern:
+            raise ValueError(f"density_pattern must be {{regex: density}} entries or None, got {pattern!r}")
+        if self.num_blocks is not None:
+            raise ValueError(
+                "density_pattern counts weights, but num_blocks counts blocks; set density instead of num_blocks"
+            )
+        for key, density in pattern.items():
+            _compile(key, "density_pattern")
+            _check_share(f"density_pattern[{key!r}]", density)
 
     def _check_block_size(self) -> None:
         size = self.block_size

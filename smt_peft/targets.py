@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 @dataclass(frozen=True)
 class Target:
-    """One module a config names.
+    """One module a config names. The weight of an embedding is a `(num_embeddings, embedding_dim)` matrix.
 
     Args:
         name: as in `model.named_modules()`.
@@ -54,6 +55,8 @@ class Target:
     def shape(self) -> tuple[int, int]:
         """`(out_features, in_features)`, as the layer states them: a packed weight may have another shape."""
         module = self.module
+        if isinstance(module, nn.Embedding):
+            return module.num_embeddings, module.embedding_dim
         return (module.nf, module.nx) if self.transposed else (module.out_features, module.in_features)
 
     @property
@@ -85,7 +88,7 @@ class Target:
 
 
 def is_supported(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D)) or is_packed(module)
+    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) or is_packed(module)
 
 
 def evidence_of(module: nn.Module, weight: Tensor) -> Weight:
@@ -114,8 +117,9 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
         over_adapters: whether a target may carry an adapter of another method, as where the base is only read.
 
     Raises:
-        ValueError: nothing matches, or a match is neither a `nn.Linear` nor a `Conv1D`, is never called, is trained in
-            full, or carries an adapter of another method.
+        NoMatchingPeftModuleError: nothing matches; a `ValueError`, as the other.
+        ValueError: a match is no `nn.Linear`, `Conv1D` or `nn.Embedding`, is never called, is trained in full or by
+            token rows, or carries an adapter of another method.
     """
     everything = _is_all_linear(config)
     resolved = _resolved(model, config)
@@ -127,6 +131,8 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
         if not name or name.startswith(inside):
             continue
         matched = check_target_module_exists(resolved, name)
+        if matched and everything and config.layers_to_transform is not None:
+            matched = _lies_in_layers(name, config)
         if isinstance(module, _WRAPPERS):
             inside += (name + ".",)
         if not matched or isinstance(matched, _ExcludedModule) or module is head:
@@ -142,8 +148,28 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
             "nn.MultiheadAttention takes its weight without calling it, so blocks of it would not train"
         )
     if not targets:
-        raise ValueError(_nothing_matched(model, config))
+        raise NoMatchingPeftModuleError(_nothing_matched(model, config))
+    _check_token_rows(model, config, targets)
     return targets
+
+
+def _check_token_rows(model: nn.Module, config: SMTConfig, targets: dict[str, Target]) -> None:
+    """Raise `ValueError` when rows of a target are to be trained besides its blocks; PEFT wraps plain layers only."""
+    tokens = config.trainable_token_indices
+    if not tokens:
+        return
+    table = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    for name, target in targets.items():
+        named = isinstance(tokens, dict) and any(name == key or name.endswith("." + key) for key in tokens)
+        # Where the head is tied to the table, PEFT trains the same rows of both.
+        weight = getattr(table, "weight", None)
+        tied = weight is not None and not isinstance(tokens, dict) and target.module.weight is weight
+        if named or tied:
+            raise ValueError(
+                f"Target module {name} is named by trainable_token_indices too{' (its weight is tied)' * (not named)}: "
+                "its rows cannot be trained besides its blocks. Take it out of target_modules, or drop "
+                "trainable_token_indices and let blocks of whole rows, block_size=(1, -1), train token rows"
+            )
 
 
 def _is_all_linear(config: SMTConfig) -> bool:
@@ -165,6 +191,13 @@ def _resolved(model: nn.Module, config: SMTConfig) -> SMTConfig:
         # Of quantised layers PEFT knows those that are an `nn.Linear`.
         resolved.target_modules |= {name for name, module in model.named_modules() if is_packed(module)}
     return resolved
+
+
+def _lies_in_layers(name: str, config: SMTConfig) -> bool:
+    # PEFT looks at the layers only where it matches a module by the end of its name, and all-linear is full names.
+    by_its_end = config.copy()
+    by_its_end.target_modules = {name.rpartition(".")[2]}
+    return bool(check_target_module_exists(by_its_end, name))
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -191,8 +224,14 @@ def _as_target(name: str, module: nn.Module, over_adapters: bool) -> Target:
     if not is_supported(module):
         raise ValueError(
             f"Target module {name} is a {type(module).__name__}, which SMT does not support; it takes torch.nn.Linear, "
-            "transformers' Conv1D and quantised linear layers. Name linear layers in target_modules, or add this one "
-            "to exclude_modules"
+            "torch.nn.Embedding, transformers' Conv1D and quantised linear layers. Name such layers in target_modules, "
+            "or add this one to exclude_modules"
+        )
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise ValueError(
+            f"Target module {name} is an embedding with max_norm={module.max_norm}: every look-up rescales rows of its "
+            "weight in place, so there is no frozen base to add blocks to. Set its max_norm to None, or add it to "
+            "exclude_modules"
         )
     if isinstance(module, NonDynamicallyQuantizableLinear):
         raise ValueError(
@@ -220,7 +259,8 @@ def _nothing_matched(model: nn.Module, config: SMTConfig) -> str:
             continue
         if isinstance(module, _WRAPPERS):
             inside += (name + ".",)
-        if is_supported(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module):
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if is_supported(module) and not isinstance(module, nn.Embedding):
             names.add(name.rsplit(".", 1)[-1])
     message = f"Target modules {config.target_modules} not found in the base model. "
     if config.exclude_modules:

@@ -63,6 +63,17 @@ def merge_adapter(
     aside.rename(out_dir)
 
 
+def load_adapter(adapter_dir: str | Path) -> PeftModel:
+    """A saved adapter on the base that it names, in the floats of its checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no adapter in `adapter_dir`.
+        ValueError: the adapter names no base, or does not fit it.
+    """
+    base = _settings_of(Path(adapter_dir))["base_model_name_or_path"]
+    return PeftModel.from_pretrained(_load_base(base), adapter_dir)
+
+
 def _onto_checkpoint(adapter_dir: Path, base: str, record: dict[str, Any] | None) -> PreTrainedModel:
     model = _load_base(base)
     if quantization_of(model) is not None:

@@ -10,6 +10,7 @@ swap_matmul     dX = dY round(W + delta)
 block_adamw_    AdamW on all blocks of a model
 block_linear    Y = X (W + delta)^T + bias, with the gradients of X and delta
 block_add       Y = base output + X delta^T, for a base layer that is opaque
+block_rows_add  rows of W + delta from those of W, for an embedding table
 block_overlay   Y = X round(W + delta)^T + bias, where W is packed and dequantised for each pass
 
 `operations` has the first eight, `dispatch` says which backend serves them, `library` shows them to compilers.
@@ -30,10 +31,12 @@ from .operations import (
 )
 from .overlay import block_overlay
 from .reference import add_rounded, block_product, dense
+from .rows import LookUps, block_rows_add, table_grad, table_scores
 from .scores import block_sums, dense_grad, stripe_sums
 from .swap import heal
 
 __all__ = [
+    "LookUps",
     "add_rounded",
     "block_adamw_",
     "block_add",
@@ -44,6 +47,7 @@ __all__ = [
     "block_matmul_",
     "block_overlay",
     "block_product",
+    "block_rows_add",
     "block_scatter_",
     "block_scores",
     "block_sums",
@@ -56,5 +60,7 @@ __all__ = [
     "stripe_sums",
     "swap_linear",
     "swap_matmul",
+    "table_grad",
+    "table_scores",
     "use_backend",
 ]

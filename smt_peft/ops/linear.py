@@ -36,7 +36,9 @@ def block_linear(
     """
     x = _autocast(x)
     x_TK, keep = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled()
-    y_TN = _BlockLinear.apply(x_TK, weight_NK, bias_N, delta_Brc, layout, swap, keep, _wants_columns(layout))
+    # Asked for only where something is kept: a compiler holds its graph to the number of columns that it saw.
+    columns_only = keep and _wants_columns(layout)
+    y_TN = _BlockLinear.apply(x_TK, weight_NK, bias_N, delta_Brc, layout, swap, keep, columns_only)
     return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
 
 
@@ -48,7 +50,7 @@ def block_add(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> T
     """
     y_TN, x_TK = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     keep = torch.is_grad_enabled()
-    return _BlockAdd.apply(y_TN, x_TK, delta_Brc, layout, keep, _wants_columns(layout)).view(y.shape)
+    return _BlockAdd.apply(y_TN, x_TK, delta_Brc, layout, keep, keep and _wants_columns(layout)).view(y.shape)
 
 
 def block_add_traceable(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> Tensor:

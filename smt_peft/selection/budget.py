@@ -144,8 +144,9 @@ def make_scopes(
 ) -> list[Scope]:
     """Who shares a budget with whom, and how large it is.
 
-    `"per_layer"` groups modules by the path up to its first number, `model.layers.3`; a module without a number stands
-    alone. A `{regex: share}` map divides the whole budget; the first regex that is found in a name wins.
+    A module that `density_pattern` matches stands alone, and what follows is said of the others. `"per_layer"` groups
+    modules by the path up to its first number, `model.layers.3`; a module without a number stands alone. A
+    `{regex: share}` map divides the whole budget; the first regex that is found in a name wins.
 
     Raises:
         ValueError: a scope asks for more than it has, a regex matches nothing, or `counts` names an unknown module.
@@ -157,11 +158,15 @@ def make_scopes(
                 "targeted modules; the adapter belongs to another model or other target_modules"
             )
         scopes = [Scope(f"module {name}", [name], counts[name], True) for name in grids if name in counts]
-    elif isinstance(config.budget, Mapping):
-        scopes = _map_scopes(grids, config)
     else:
-        groups = _groups(list(grids), config.budget)
-        scopes = [_scope(label, names, names, Fraction(1), grids, config) for label, names in groups.items()]
+        alone = _pattern_scopes(grids, config)
+        shared = {name: grid for name, grid in grids.items() if name not in alone}
+        if isinstance(config.budget, Mapping):
+            scopes = _map_scopes(shared, config, alone)
+        else:
+            groups = _groups(list(shared), config.budget) if shared else {}
+            scopes = [_scope(label, names, names, Fraction(1), grids, config) for label, names in groups.items()]
+        scopes += alone.values()
     for scope in scopes:
         if scope.budget > (available := scope.total(grids)):
             unit = "blocks" if scope.in_blocks else "weights"
@@ -204,15 +209,32 @@ def _groups(names: list[str], budget: str) -> dict[str, list[str]]:
     return groups
 
 
-def _map_scopes(grids: Mapping[str, BlockGrid], config: SMTConfig) -> list[Scope]:
+def _pattern_scopes(grids: Mapping[str, BlockGrid], config: SMTConfig) -> dict[str, Scope]:
+    """One scope for each module with a density of its own."""
+    owners = {name: pattern for name in grids if (pattern := config.own_density(name)) is not None}
+    for pattern in config.density_pattern or ():
+        if pattern not in owners.values():
+            raise ValueError(
+                f"density_pattern[{pattern!r}] is the first to match none of the {len(grids)} targeted modules, such "
+                f"as {', '.join(list(grids)[:3])}; change the pattern or its place, or take the entry out"
+            )
+    scopes = {}
+    for name, pattern in owners.items():
+        budget = math.floor(_exact(config.density_pattern[pattern]) * grids[name].numel)
+        scopes[name] = Scope(f"density_pattern[{pattern!r}], module {name}", [name], budget, False)
+    return scopes
+
+
+def _map_scopes(grids: Mapping[str, BlockGrid], config: SMTConfig, alone: Mapping[str, Scope]) -> list[Scope]:
     owners = {name: next((pattern for pattern in config.budget if re.search(pattern, name)), None) for name in grids}
     scopes = []
     for pattern, share in config.budget.items():
         names = [name for name, owner in owners.items() if owner == pattern]
         if not names:
-            found = [name for name in grids if re.search(pattern, name)]
+            found = [name for name in (*grids, *alone) if re.search(pattern, name)]
+            taker = "density_pattern" if found and found[0] in alone else "an earlier entry"
             reason = (
-                f"matches only modules that an earlier entry has taken, such as {found[0]}"
+                f"matches only modules that {taker} has taken, such as {found[0]}"
                 if found
                 else f"matches none of the {len(grids)} targeted modules, such as {', '.join(list(grids)[:3])}"
             )

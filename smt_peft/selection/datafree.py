@@ -36,7 +36,7 @@ def select_without_data(
     Raises:
         ValueError: as `choose_blocks`, or a score by weights meets a packed weight.
     """
-    grids = {name: (grids or {}).get(name) or config.grid(target.shape) for name, target in targets.items()}
+    grids = {name: (grids or {}).get(name) or config.grid(target.shape, name) for name, target in targets.items()}
     score = "random" if config.needs_data else config.score
     if score not in PATTERNS and any(target.weight.is_meta for target in targets.values()):
         once(f"score={score!r} needs weights, but the model is on the meta device; blocks are chosen at random")
@@ -84,6 +84,7 @@ def provenance(score: str, config: SMTConfig, targets: Mapping[str, Target]) -> 
         "block_size": config.block_size,
         "density": config.density,
         "num_blocks": config.num_blocks,
+        "density_pattern": config.density_pattern,
         "budget": dict(config.budget) if isinstance(config.budget, Mapping) else config.budget,
         "spread": config.spread,
         "max_column_share": config.max_column_share,

@@ -29,7 +29,7 @@ from .guard import seeded
 FULL_SVD_SIDE = 256
 _OVERSAMPLING = 8
 # What `ops.block_scores` sums over a block for a score that needs nothing else of the dense gradient.
-_STATISTICS = {"grad_abs": "abs", "grad_sq": "square", "mean_abs": "sum"}
+STATISTICS = {"grad_abs": "abs", "grad_sq": "square", "mean_abs": "sum"}
 
 
 def block_means(matrix: Tensor, grid: BlockGrid) -> Tensor:
@@ -107,11 +107,14 @@ class GradientScore:
         Args:
             pairs: `(x, dY)` of every use of the module, `(..., in_features)` and `(..., out_features)`.
         """
-        if statistic := _STATISTICS.get(self.score):
+        if statistic := STATISTICS.get(self.score):
             sums = ops.block_scores(pairs, self.grid, statistic)
             self.sums.add_(sums / self.grid.effective_sizes().to(sums.device))
             return
-        grad = ops.dense_grad(pairs, self.grid.shape)
+        self.add_dense(ops.dense_grad(pairs, self.grid.shape))
+
+    def add_dense(self, grad: Tensor) -> None:
+        """Take in the whole gradient of one batch, which is overwritten."""
         if self.dense is not None:
             self.dense.add_(grad.to(self.dense.device))
             return

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..targets import Target
+from .embedding import look_ups_tapped
 from .scores import ActivationScore, GradientScore
 
 
@@ -52,17 +53,16 @@ class GradientTaps:
 
     @contextmanager
     def installed(self):
-        # Before other hooks: dY belongs to what the linear itself returned.
-        handles = [
-            target.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
-            for name, target in self.targets.items()
-        ]
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._pairs.clear)
+            for name, target in self.targets.items():
+                if isinstance(target.module, nn.Embedding):
+                    stack.enter_context(look_ups_tapped(target.module, self._look_up(name)))
+                    continue
+                # Before other hooks: dY belongs to what the linear itself returned.
+                hook = target.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
+                stack.callback(hook.remove)
             yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._pairs.clear()
 
     def backward(self, loss: Tensor) -> None:
         """Run backward and take in the gradients of one batch."""
@@ -79,14 +79,20 @@ class GradientTaps:
 
     def _hook(self, name: str) -> Callable:
         def hook(module, args, kwargs, output):
-            # A use is counted in the forward pass proper; checkpointing calls the module again during backward.
-            if not self._in_backward:
-                self._uses[name] += 1
-            if not torch.is_grad_enabled():
-                return None
-            return _Tap.apply(output, _input(args, kwargs), self._anchor, lambda x, dy: self._receive(name, x, dy))
+            return self._tapped(name, output, _input(args, kwargs))
 
         return hook
+
+    def _look_up(self, name: str) -> Callable:
+        return lambda rows, ids: self._tapped(name, rows, ids)
+
+    def _tapped(self, name: str, output: Tensor, x: Tensor) -> Tensor:
+        # A use is counted in the forward pass proper; checkpointing calls the module again during backward.
+        if not self._in_backward:
+            self._uses[name] += 1
+        if not torch.is_grad_enabled():
+            return output
+        return _Tap.apply(output, x, self._anchor, lambda x, dy: self._receive(name, x, dy))
 
     def _receive(self, name: str, x: Tensor, grad_output: Tensor) -> None:
         self._pairs[name].append((x, grad_output))

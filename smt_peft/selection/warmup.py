@@ -21,6 +21,7 @@ from ..say import say
 from ..targets import Target, find_targets
 from .budget import choose_blocks
 from .datafree import check_readable, provenance, select_without_data
+from .embedding import TableScore
 from .guard import base_of, borrowed
 from .scores import ActivationScore, GradientScore
 from .taps import ActivationTaps, GradientTaps
@@ -76,7 +77,7 @@ def select_blocks(
     if config.needs_data:
         _check_loader(dataloader, config)
         _check_weights(base, targets)
-        grids = {name: config.grid(target.shape) for name, target in targets.items()}
+        grids = {name: config.grid(target.shape, name) for name, target in targets.items()}
         taps = _make_taps(targets, grids, config, accumulator_device)
         seen = _warm_up(model, config, taps, dataloader, num_batches, loss_fn, progress)
         scores = _finish(taps, seen)
@@ -235,6 +236,12 @@ def _make_taps(
     accumulator_device: torch.device | str | None,
 ) -> Taps:
     if config.score == "activation":
+        for name, target in targets.items():
+            if isinstance(target.module, nn.Embedding):
+                raise ValueError(
+                    f"{name}: score='activation' measures the inputs of a linear layer, but those of an embedding are "
+                    "token ids; take another score, such as 'grad_abs', or add this module to exclude_modules"
+                )
         return ActivationTaps(
             targets, {name: ActivationScore(name, target.weight, grids[name]) for name, target in targets.items()}
         )
@@ -247,8 +254,7 @@ def _make_taps(
         for target in targets.values():
             check_readable(target, config.score_name)
     scores = {
-        name: GradientScore(name, target.weight, grids[name], config.score, accumulator_device, target.read)
-        for name, target in targets.items()
+        name: _gradient_score(target, grids[name], config.score, accumulator_device) for name, target in targets.items()
     }
     sums = [score.dense for score in scores.values() if score.dense is not None]
     if sums:
@@ -258,6 +264,12 @@ def _make_taps(
             "'cpu' keeps them off the accelerator, score='mean_abs' needs none"
         )
     return GradientTaps(targets, scores)
+
+
+def _gradient_score(target: Target, grid: BlockGrid, score: str | Callable, device: Any) -> GradientScore:
+    if isinstance(target.module, nn.Embedding):
+        return TableScore(target.module, target.name, target.weight, grid, score, device)
+    return GradientScore(target.name, target.weight, grid, score, device, target.read)
 
 
 def _check_reached(names: list[str], reached: set[str]) -> None:

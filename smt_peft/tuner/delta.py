@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from ..blocks import BlockGrid, BlockLayout
@@ -42,7 +43,7 @@ class SMTBlocks(nn.Module):
                 self._check_finite(self.weight)
             with torch.inference_mode(False):
                 index = self.index.detach().clone()
-            self._layout = (key, BlockLayout(self.grid, index).prepare())
+            self._layout = (key, _static(BlockLayout(self.grid, index).prepare()))
         return self._layout[1]
 
     def padding(self) -> int:
@@ -65,9 +66,16 @@ class SMTBlocks(nn.Module):
                     f"{self.name}: smt_blocks.{part} has shape {tuple(tensor.shape)} in the file, but "
                     f"block_pattern says {tuple(expected.shape)}; {repair}"
                 )
+        self.check_values(weight, index)
+
+    def check_values(self, weight: Tensor, index: Tensor) -> None:
+        """Raise `ValueError`, naming the module, unless these can be blocks of this grid, however many."""
         self.grid.check_blocks(index, self.name)
         if not weight.is_floating_point():
-            raise ValueError(f"{self.name}: smt_blocks.weight is {weight.dtype}, not a float type; {repair}")
+            raise ValueError(
+                f"{self.name}: smt_blocks.weight is {weight.dtype}, not a float type; the adapter file is damaged, "
+                "restore it or save the adapter again"
+            )
         self._check_finite(weight)
 
     def _check_finite(self, weight: Tensor) -> None:
@@ -80,6 +88,19 @@ class SMTBlocks(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + "index" in state_dict:
+            self._remake_layout()
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        self._remake_layout()
+        return self
+
+    def _remake_layout(self) -> None:
+        """Make the layout of a new index now, so that a compiler finds it made; a bad one is told at its first use."""
+        try:
+            if not self.index.is_meta:
+                self.layout()
+        except ValueError:
             self._layout = None
 
     def __getstate__(self):
@@ -88,3 +109,12 @@ class SMTBlocks(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} blocks, {self.grid}"
+
+
+def _static(layout: BlockLayout) -> BlockLayout:
+    """Tells compilers that the index tensors stay where they are: a CUDA graph then reads them in place, and finds the
+    very tensors that were checked, instead of copies that would have to be checked while it is captured."""
+    for part in (layout, layout.transposed, layout.packed):
+        for index in (part.blocks, part.columns):
+            torch._dynamo.mark_static_address(index)
+    return layout

@@ -73,11 +73,16 @@ def why_not_merged(base: nn.Module) -> str | None:
     weight = base.weight
     if hasattr(base, "parametrizations"):
         return "the weight is parametrized, so it is computed anew at every use"
-    if type(base).forward not in (nn.Linear.forward, Conv1D.forward):
+    is_table = isinstance(base, nn.Embedding)
+    # What an embedding makes of the rows it looks up, it makes of merged rows too.
+    if not is_table and type(base).forward not in (nn.Linear.forward, Conv1D.forward):
         return f"the base layer is a {type(base).__name__} with a forward of its own"
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         return f"the weight is stored as {weight.dtype}"
-    shape = (base.nx, base.nf) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
+    if is_table:
+        shape = (base.num_embeddings, base.embedding_dim)
+    else:
+        shape = (base.nx, base.nf) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
     if tuple(weight.shape) != shape:
         return f"the weight is stored as {tuple(weight.shape)}, not {shape}"
     return None

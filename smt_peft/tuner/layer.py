@@ -13,6 +13,7 @@ from .. import ops
 from ..blocks import BlockGrid, BlockLayout
 from ..config import SMTConfig
 from ..fingerprint import Weight
+from ..say import once
 from ..targets import evidence_of
 from .delta import SMTBlocks
 from .gate import why_not_merged
@@ -34,8 +35,13 @@ class SMTLayer(BaseTunerLayer):
         # Per merged adapter the blocks of the weight as they were and where, so that unmerging restores them bit for
         # bit, whatever has been loaded into the adapter since.
         self._originals: dict[str, tuple[BlockLayout, Tensor]] = {}
+        # What has been merged into the weight, in order: by this layer and, where the weight is tied, by others.
+        self._merges: list[tuple[SMTLayer, str]] = []
         self._told: str | None = None
         base = self.get_base_layer()
+        if isinstance(base, nn.Embedding):
+            self.out_features, self.in_features = base.num_embeddings, base.embedding_dim
+            return
         is_conv1d = isinstance(base, Conv1D)
         self.out_features = base.nf if is_conv1d else base.out_features
         self.in_features = base.nx if is_conv1d else base.in_features
@@ -89,6 +95,12 @@ class SMTLayer(BaseTunerLayer):
             self.smt_blocks[adapter_name].layout()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        # PEFT hands one list to all layers; a compiler notes which of them share it, and would compile anew once
+        # switching adapters has changed that.
+        self._active_adapter = list(self._active_adapter)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense matrix of the shape and on the device of the base weight, fp32."""
         blocks = self.smt_blocks[adapter]
@@ -97,6 +109,7 @@ class SMTLayer(BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # A block-sparse delta is of high rank: a low-rank copy would silently lose most of it.
+        once("smt_peft.export.lora.convert_to_lora makes the LoRA form of an SMT adapter and tells how much it keeps")
         return False
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -114,6 +127,7 @@ class SMTLayer(BaseTunerLayer):
             original, merged = self._merged_blocks(adapter)
             ops.block_scatter_(self.weight_view().data, merged, layout)
             self._originals[adapter] = layout, original
+            self._merges.append((self, adapter))
             self.merged_adapters.append(adapter)
 
     def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
@@ -143,9 +157,13 @@ class SMTLayer(BaseTunerLayer):
         return original, ops.add_rounded(original, blocks.weight.detach())
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
-        for adapter in list(reversed(self.merged_adapters)):
-            self._unmerge_one(adapter)
+        """Put the base weight back, bit for bit.
+
+        What a layer with the same (tied) weight has merged since is taken out too: it was merged on top of this.
+        """
+        while self.merged_adapters:
+            layer, adapter = self._merges.pop()
+            layer._unmerge_one(adapter)
 
     def _unmerge_one(self, adapter: str) -> None:
         weight = self.weight_view().data
@@ -158,3 +176,14 @@ class SMTLayer(BaseTunerLayer):
     def heal(self) -> None:
         """Put the base back if an interrupt cut a swap off; see `ops.swap`."""
         ops.heal(self.get_base_layer().weight)
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )

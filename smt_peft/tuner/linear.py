@@ -85,17 +85,6 @@ class Linear(nn.Module, SMTLayer):
         self.heal()
         return super()._apply(*args, **kwargs)
 
-    def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Each row of the batch with its own adapter; `"__base__"` rows with none."""
         y = self.base_layer(x, *args, **kwargs).clone()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -17,7 +18,9 @@ from ..fingerprint import fingerprint
 from ..packed import format_of, keep_exact, let_repack, quantization_of, unpacked_numel
 from ..say import say
 from ..targets import DEFAULT_TARGETS
+from .combination import check_combination, combined_config, weighted_sum
 from .delta import SMTBlocks
+from .embedding import Embedding
 from .layer import SMTLayer
 from .linear import Linear
 from .plan import Plan, check_base, make_plan
@@ -92,7 +95,8 @@ class SMTModel(BaseTuner):
         matched = BaseTuner._check_target_module_exists(peft_config, key)
         if not matched or not peft_config.block_pattern:
             return matched
-        return key in peft_config.block_pattern
+        # Where PEFT injects by a state dict it hands over the names of a compiled model without their prefix.
+        return key in peft_config.block_pattern or f"_orig_mod.{key}" in peft_config.block_pattern
 
     def _create_and_replace(
         self,
@@ -118,8 +122,10 @@ class SMTModel(BaseTuner):
             layer.register_forward_pre_hook(_no_fused_path)
         self._replace_module(parent, target_name, layer, target)
 
-    def _new_layer(self, target: nn.Module, name: str) -> Linear:
+    def _new_layer(self, target: nn.Module, name: str) -> SMTLayer:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, nn.Embedding):
+            return Embedding(target, name)
         if format_of(base) is None:
             return Linear(target, name)
         return QuantisedLinear(target, name, get_quantization_kwargs(self.model).get("get_apply_tensor_subclass"))
@@ -131,6 +137,45 @@ class SMTModel(BaseTuner):
             # Unloading: the module goes back as it is. PEFT would copy the wrapper's weight into it, which is no
             # Parameter where token rows are trained.
             setattr(parent, child_name, new_module)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter whose delta is the weighted sum of those of others: exact, over the union of their blocks.
+
+        The new adapter is neither active nor trainable, and is saved and loaded like any other. Adapters of different
+        block sizes are combined in the largest blocks that tile all of them.
+
+        Args:
+            adapters: names of adapters of this model.
+            weights: one finite factor for each, also negative.
+            adapter_name: name of the new adapter.
+            combination_type: `"linear"`, the weighted sum.
+
+        Raises:
+            ValueError: an adapter is missing or trains more than blocks, a weight is not finite, the name is taken, or
+                another `combination_type` is asked for. Nothing has been added then.
+        """
+        check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
+        sums = {}
+        for layer in _layers_of(self.model):
+            pairs = zip(adapters, weights, strict=True)
+            if parts := [(layer.smt_blocks[name], factor) for name, factor in pairs if name in layer.smt_blocks]:
+                sums[layer.smt_name] = weighted_sum(parts)
+        grids = {name: grid for name, (grid, _, _) in sums.items()}
+        blocks = {name: index.cpu() for name, (_, index, _) in sums.items()}
+        self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], grids, blocks)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        with torch.no_grad():
+            for layer in _layers_of(self.model):
+                if layer.smt_name in sums:
+                    layer.smt_blocks[adapter_name].weight.copy_(sums[layer.smt_name][2])
+        for module in _blocks_of(self.model, adapter_name).values():
+            module.requires_grad_(False)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge(safe_merge, adapter_names)
@@ -157,9 +202,14 @@ class SMTModel(BaseTuner):
         return model
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
-        """Look at every layer before the first is written."""
+        """Look at every layer before the first is written; layers that share a weight keep one record of merges."""
+        records: dict[int, list] = {}
         for layer in _layers_of(self.model):
             layer.check_merge(adapter_names, safe_merge)
+            record = records.setdefault(id(layer.get_base_layer().weight), layer._merges)
+            if layer._merges is not record:
+                record.extend(layer._merges)
+                layer._merges = record
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -35,6 +35,9 @@ class Plan:
 
     def entry(self, name: str) -> tuple[BlockGrid, int, Tensor]:
         """Grid, number of blocks and positions for a module."""
+        # The names of a compiled model carry a prefix, which PEFT takes off where it injects by a state dict.
+        compiled = f"_orig_mod.{name}"
+        name = compiled if compiled in self.selection.blocks else name
         if name not in self.selection.blocks:
             raise ValueError(
                 f"{name}: the state dict has blocks for this module, but the config does not target it; use the config "
@@ -70,10 +73,19 @@ def make_plan(model: nn.Module, config: SMTConfig) -> Plan:
                 f"no selection given: blocks are drawn at random (seed {config.seed}); select_blocks(model, config, "
                 f"dataloader) would choose them by {config.score_name}"
             )
+    if not config.awaits_weights:
+        _tell_frozen([name for name in targets if name not in selection.blocks], len(targets))
     if config.awaits_weights and config.base_fingerprint:
         return Plan(selection, config.base_fingerprint)
     chosen = {name: weight for name, weight in bases.items() if name in selection.blocks}
     return Plan(selection, fingerprint(chosen))
+
+
+def _tell_frozen(names: list[str], num_targets: int) -> None:
+    """A target that does not train must not go unsaid."""
+    if names:
+        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        say(f"{len(names)} of {num_targets} targeted modules hold no chosen block and stay frozen: {listed}")
 
 
 def check_selection(selection: BlockSelection, targets: dict[str, Target], bases: dict[str, Weight]) -> None:

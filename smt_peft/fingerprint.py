@@ -74,14 +74,15 @@ def _is_readable(weight: Weight) -> bool:
 
 def _sample(weight: Weight) -> tuple[Tensor, Tensor]:
     """Values, and how far quantising may have moved them: fp64 on the CPU."""
-    weight, step = (weight, torch.zeros(())) if isinstance(weight, Tensor) else weight()
+    weight, step = (weight, None) if isinstance(weight, Tensor) else weight()
     rows, cols = weight.shape
     steps = torch.arange(min(VALUES_PER_MODULE, weight.numel()))
     # Rows and columns step by different primes, so that the places lie in different rows and in different columns.
     places = steps * 7919 % rows, steps * 104729 % cols
-    return tuple(
-        matrix.detach().expand(rows, cols)[places].to(device="cpu", dtype=torch.float64) for matrix in (weight, step)
-    )
+    values = weight.detach()[places].to(device="cpu", dtype=torch.float64)
+    if step is None:
+        return values, torch.zeros_like(values)
+    return values, step.detach().expand(rows, cols)[places].to(values)
 
 
 def _as_json(values: Tensor, step: Tensor) -> Sample:

@@ -44,14 +44,19 @@ def test_read_gives_a_new_tensor_with_the_librarys_values(kind, shape):
 def test_written_anew_and_put_back_bit_for_bit(kind):
     layer = packed_linear(linear(), kind)
     packed = format_of(layer, lambda: torchao_config(kind))
-    before, kept = storage(layer), packed.keep(layer)
+    x = torch.randn(3, 32)
+    # Its first call moves what an 8-bit weight carries to the layer's state.
+    y, before, kept = layer(x), storage(layer), packed.keep(layer)
     wanted = linear(seed=1).weight.detach().clone()
     packed.write(layer, wanted)
     other = linear(seed=1)
     assert torch.equal(packed.read(layer), true_weight(packed_linear(other, kind)))
-    layer(torch.randn(3, 32))
+    assert not torch.equal(layer(x), y)
     packed.put_back(layer, kept)
     assert same_storage(before, storage(layer))
+    assert torch.equal(layer(x), y)
+    # Where FSDP looks for it.
+    assert getattr(layer, "quant_state", None) is getattr(layer.weight if "nf4" in kind else layer, "quant_state", None)
     layer.to("cpu")
     assert same_storage(before, storage(layer))
 

@@ -72,6 +72,8 @@ def logits(model):
 def test_onto_dequantised_is_what_was_trained_bit_for_bit(saved):
     model, path = saved
     merge_adapter(path / "adapter", path / "merged", onto="dequantised")
+    stored = load_file(path / "merged" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in stored} == {model.config.dtype}
     merged = AutoModelForCausalLM.from_pretrained(path / "merged", dtype="auto")
     assert not hasattr(merged, "quantization_method") and merged.dtype == model.config.dtype
     assert torch.equal(logits(merged), logits(model.train()))

@@ -294,9 +294,10 @@ class TestStorage:
         if not functional.has_avx512bf16():
             pytest.skip("this CPU has no AVX512-BF16")
         net = packed_net(kind)
-        net.up, net.down = (packed_linear(nn.Linear(64, 64), kind) for _ in range(2))
+        # Two scales in a row: repacked, they lie in another order.
+        net.up, net.down = (packed_linear(nn.Linear(cols, 64), kind) for cols in (128, 64))
         before = true_weight(net.up)
-        net.eval()(torch.randn(3, 64))
+        net.eval()(torch.randn(3, 128))
         assert net.up.weight.quant_state.packing_format_for_cpu
         layer = adapted(net).train().base_model.model.up
         read = layer.format.read(layer.base_layer)

@@ -1,9 +1,11 @@
-# make demo | test | style | check | bench | clean: each sets up what it needs in .venv first. make gpu: on a GPU machine.
+# make demo | test | peft-suite | style | check | bench | clean: each sets up what it needs in .venv first. make gpu: on a
+# GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in an environment of its own.
 PYTHON ?= python3
-VENV := .venv
+VENV := $(if $(PEFT),build/peft-$(PEFT),.venv)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 KERNELS := $(VENV)/.kernels
+PEFT_SUITE := $(VENV)/.peft-suite
 # The first is installed alone: any other package that asks for torch would otherwise bring a CUDA build of several GB.
 TORCH ?= torch==2.13.0
 
@@ -14,7 +16,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # machine, with these 0.80 s (two cores, 2026-11). Other C libraries than glibc from 2.35 on ignore it.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: setup demo test style check bench gpu clean
+.PHONY: setup demo test peft-suite style check bench gpu clean
 
 setup: $(KERNELS)
 
@@ -22,7 +24,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel
-	SMT_EXT=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,dev]"
+	SMT_EXT=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,dev]" $(if $(PEFT),peft==$(PEFT))
 	touch $(READY)
 
 # Here a kernel that does not compile is an error, where an installation would go on without it.
@@ -36,6 +38,14 @@ demo: $(KERNELS)
 
 test: $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+$(PEFT_SUITE): $(READY)
+	SMT_EXT=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peft-suite]" $(if $(PEFT),peft==$(PEFT))
+	touch $(PEFT_SUITE)
+
+# PEFT's own tests with SMT put in; see tests/peft_suite/README.md. ARGS: files of PEFT's tests, options of pytest.
+peft-suite: $(KERNELS) $(PEFT_SUITE)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_suite/run.py $(ARGS)
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

@@ -47,6 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = _verb(verbs, "merge", _merge, "write base + adapter as a plain checkpoint")
     sub.add_argument("adapter", metavar="ADAPTER", help="directory of a saved adapter")
     sub.add_argument("out", metavar="OUT", help="directory for the merged model; new or empty")
+    sub.add_argument(
+        "--onto",
+        choices=("checkpoint", "dequantised", "quantised"),
+        default="checkpoint",
+        help="what the blocks are added to: the base's own weights (the default), or, after training on a quantised "
+        "base, its weights dequantised or quantised anew",
+    )
     sub = _verb(verbs, "bench", _bench, "check the operations, then time them beside every other route")
     sub.add_argument("--operation", nargs="+", metavar="NAME", help="only these; block_grad, block_adamw_, ...")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="the GPU where there is one")
@@ -87,7 +94,7 @@ def _merge(args: argparse.Namespace) -> None:
     from .training.errors import ConfigError
 
     try:
-        merge_adapter(args.adapter, args.out)
+        merge_adapter(args.adapter, args.out, onto=args.onto)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     print(f"merged {args.adapter} into {args.out}; load it with transformers' from_pretrained")

@@ -87,16 +87,23 @@ class SMTConfig(PeftConfig):
         selection: a `BlockSelection` or the path of one. Runtime only: never written into the saved config.
         block_pattern: `{module: [num_blocks, rows, cols]}`, filled in when blocks are chosen; it fixes the shapes of
             an adapter before its weights are read.
-        forward: `"auto"`, or `"additive"` or `"swap"` by name; `"overlay"` serves quantised bases.
+        forward: `"auto"`, or `"additive"`, `"swap"` (float bases) or `"overlay"` (quantised bases that can be
+            dequantised) by name.
         init_weights: True starts from the base model (delta zero); False draws small random deltas, for tests.
         fan_in_fan_out: whether targets store `(in_features, out_features)`. Detected per layer; kept for PEFT.
         modules_to_save: modules trained in full and saved with the adapter.
         layers_to_transform: indices of the layers to tune.
         layers_pattern: name of the layer list, for `layers_to_transform`.
-        target_parameters: not supported yet: a value is refused rather than left untrained.
+        target_parameters: names, or ends of names, of parameters that no linear layer owns, as the experts of a
+            mixture: `["experts.gate_up_proj", "experts.down_proj"]`. A 3-D parameter is one matrix per expert, and rows
+            and columns of its blocks are those of the matrix as stored. With `target_modules=None` or `[]`, nothing
+            else is tuned.
         trainable_token_indices: rows of the token embedding trained besides the blocks, as in PEFT.
         seed: seed of `random` and of tie-breaks.
-        base_fingerprint: a few weights of the base the blocks belong to, checked when an adapter is loaded.
+        base_fingerprint: a few weights of the base the blocks belong to, checked when an adapter is loaded; see
+            `fingerprint.fingerprint`.
+        base_quantization: filled in: `quantization_config` of the model that the blocks were trained on, from which
+            its dequantised weights can be had again; None for a base of floats.
 
     Raises:
         ValueError: a value is out of its range or contradicts another; the message names the field and the repair.
@@ -124,7 +131,8 @@ class SMTConfig(PeftConfig):
     target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     seed: int = 0
-    base_fingerprint: dict[str, list[float]] | None = None
+    base_fingerprint: dict[str, list] | None = None
+    base_quantization: dict[str, Any] | None = None
 
     # Not fields, so neither saved nor compared: the settled blocks while an adapter is being injected
     # (`tuner.plan.Plan`); whether the config was read from a file whose weights have not been loaded yet; and what
@@ -247,11 +255,11 @@ class SMTConfig(PeftConfig):
             raise ValueError(f"layers_to_transform must be an int or a list of ints, got {layers!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        if self.target_parameters:
-            raise ValueError(
-                "target_parameters is not supported yet, so these parameters would silently stay frozen: "
-                f"{self.target_parameters}. Name linear layers in target_modules instead"
-            )
+        names = self.target_parameters
+        if isinstance(names, str) or not all(isinstance(name, str) and name for name in names or ()):
+            raise ValueError(f"target_parameters must be a list of parameter names or None, got {names!r}")
+        if names is not None:
+            self.target_parameters = sorted(set(names))
 
     def _check_amount(self) -> None:
         if self.density is None and self.num_blocks is None:
@@ -332,10 +340,10 @@ class SMTConfig(PeftConfig):
         if not isinstance(self.block_pattern or {}, dict):
             raise ValueError(f"block_pattern must be a map, got {self.block_pattern!r}; {damaged}")
         values = self.base_fingerprint or {}
-        if not isinstance(values, dict) or not all(
-            isinstance(row, list) and all(isinstance(value, float) for value in row) for row in values.values()
-        ):
+        if not isinstance(values, dict) or not all(_is_sample(row) for row in values.values()):
             raise ValueError(f"base_fingerprint must map modules to lists of floats; {damaged}")
+        if not isinstance(self.base_quantization or {}, dict):
+            raise ValueError(f"base_quantization must be a map, got {self.base_quantization!r}; {damaged}")
         for name, entry in (self.block_pattern or {}).items():
             valid = isinstance(entry, (list, tuple)) and len(entry) == 3 and all(_is_int(n) and n > 0 for n in entry)
             if not valid:
@@ -354,6 +362,16 @@ def copy_without(config: SMTConfig, name: str) -> SMTConfig:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_sample(row: Any) -> bool:
+    """Whether this is a `fingerprint.Sample`: floats, or pairs of floats."""
+    if not isinstance(row, list):
+        return False
+    pairs = [value if isinstance(value, list) else [value, 0.0] for value in row]
+    return len({type(value) for value in row}) <= 1 and all(
+        len(pair) == 2 and all(isinstance(value, float) for value in pair) for pair in pairs
+    )
 
 
 def _check_share(name: str, value: Any) -> None:

@@ -2,11 +2,15 @@
 
 A hash of the bytes would refuse a bf16 copy of the fp32 checkpoint that an adapter was trained on; a handful of values
 compared up to the rounding of the coarsest float format accepts it, and still tells two models apart.
+
+Of a quantised weight the dequantised values are kept, each with how far quantising may have moved it, so that the float
+original is accepted for its 4-bit copy and the other way round: hundreds of values within half a quantisation step of
+another model's are no accident.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,49 +20,72 @@ VALUES_PER_MODULE = 8
 # bf16 keeps 8 significant bits: one rounding moves a value by at most 2**-9 of it; both sides may have been rounded.
 RELATIVE_ROUNDING = 2.0**-7
 
+# A weight, 2-D; or, of a quantised one, what dequantises it: called when its turn comes, it gives the values and how
+# far quantising may have moved each, which broadcasts to their shape.
+Weight = Tensor | Callable[[], tuple[Tensor, Tensor]]
+# Per value kept: the value, or for a quantised weight `[value, half a quantisation step]`.
+Sample = list[float] | list[list[float]]
 
-def fingerprint(weights: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Sample float weights.
+
+def fingerprint(weights: Mapping[str, Weight]) -> dict[str, Sample]:
+    """Sample weights.
 
     Args:
-        weights: per module its weight, 2-D. Weights on the meta device, sharded to nothing, or not floating point
-            (packed quantised bases) are passed over.
+        weights: per module its weight. Weights on the meta device, sharded to nothing, or packed without a way to
+            dequantise them are passed over.
 
     Returns:
         For up to 32 modules spread evenly over the model, 8 values spread over the rows and columns of the weight.
     """
-    usable = [
-        name
-        for name, weight in weights.items()
-        if weight.is_floating_point() and not weight.is_meta and weight.numel() > 0
-    ]
+    usable = [name for name, weight in weights.items() if _is_readable(weight)]
     count = min(MAX_MODULES, len(usable))
     names = [usable[i * len(usable) // count] for i in range(count)]
-    return {name: _sample(weights[name]).tolist() for name in names}
+    return {name: _as_json(*_sample(weights[name])) for name in names}
 
 
-def mismatch(expected: Mapping[str, list[float]], weights: Mapping[str, Tensor]) -> str | None:
+def mismatch(expected: Mapping[str, Sample], weights: Mapping[str, Weight]) -> str | None:
     """Name of the first module whose weights are not those of the fingerprint, or None when all agree.
 
-    Only modules known to both sides, with a readable float weight, are compared.
+    Only modules known to both sides, with a readable weight, are compared: up to rounding, and up to what quantising
+    may have moved on either side.
     """
     for name, values in expected.items():
         weight = weights.get(name)
-        if weight is None or not weight.is_floating_point() or weight.is_meta or weight.numel() == 0:
+        if weight is None or not _is_readable(weight):
             continue
-        ours, theirs = _sample(weight), torch.tensor(values, dtype=torch.float64)
+        (ours, our_step), (theirs, their_step) = _sample(weight), _from_json(values)
         if ours.shape != theirs.shape:
             return name
         # The floor forgives values that fp16 flushes to zero.
-        tolerance = RELATIVE_ROUNDING * torch.maximum(ours.abs(), theirs.abs()) + 1e-7
+        tolerance = RELATIVE_ROUNDING * torch.maximum(ours.abs(), theirs.abs()) + 1e-7 + our_step + their_step
         same = ((ours - theirs).abs() <= tolerance) | (ours.isnan() & theirs.isnan())
         if not bool(same.all()):
             return name
     return None
 
 
-def _sample(weight: Tensor) -> Tensor:
+def _is_readable(weight: Weight) -> bool:
+    if not isinstance(weight, Tensor):
+        return True
+    return weight.is_floating_point() and not weight.is_meta and weight.numel() > 0
+
+
+def _sample(weight: Weight) -> tuple[Tensor, Tensor]:
+    """Values, and how far quantising may have moved them: fp64 on the CPU."""
+    weight, step = (weight, torch.zeros(())) if isinstance(weight, Tensor) else weight()
     rows, cols = weight.shape
     steps = torch.arange(min(VALUES_PER_MODULE, weight.numel()))
     # Rows and columns step by different primes, so that the places lie in different rows and in different columns.
-    return weight.detach()[steps * 7919 % rows, steps * 104729 % cols].to(device="cpu", dtype=torch.float64)
+    places = steps * 7919 % rows, steps * 104729 % cols
+    return tuple(
+        matrix.detach().expand(rows, cols)[places].to(device="cpu", dtype=torch.float64) for matrix in (weight, step)
+    )
+
+
+def _as_json(values: Tensor, step: Tensor) -> Sample:
+    return torch.stack((values, step), 1).tolist() if bool(step.any()) else values.tolist()
+
+
+def _from_json(sample: Sample) -> tuple[Tensor, Tensor]:
+    table = torch.tensor(sample, dtype=torch.float64)
+    return (table, torch.zeros_like(table)) if table.ndim == 1 else table.unbind(1)

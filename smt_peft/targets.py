@@ -14,13 +14,18 @@ from peft.tuners.tuners_utils import (
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .blocks import BlockGrid
 from .config import SMTConfig
+from .fingerprint import Weight
+from .packed import format_of, is_packed, stored
 from .say import once
+from .targets_parameters import ParameterTarget, check_unreached, find_parameters, stacked_names
 
 # What PEFT puts around a module; the module is named by its outer name, whatever lies inside.
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -44,32 +49,80 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as an `(out_features, in_features)` view."""
-        weight = self.module.weight
+        """The weight as an `(out_features, in_features)` view; a packed one as it is stored."""
+        weight = stored(self.module)
         return weight.t() if self.transposed else weight
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(out_features, in_features)`, as the layer states them: a packed weight may have another shape."""
         module = self.module
-        if isinstance(module, nn.Embedding):
+        if self.is_table:
             return module.num_embeddings, module.embedding_dim
         return (module.nf, module.nx) if self.transposed else (module.out_features, module.in_features)
+
+    def grid(self, config: SMTConfig) -> BlockGrid:
+        """The tiling of the weight under the config's `block_size`."""
+        return config.grid(self.shape, self.name)
+
+    def matrices(self) -> list[Target]:
+        """The matrices among which blocks are chosen; see `ParameterTarget.matrices`."""
+        return [self]
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the weight is looked up by row, not multiplied."""
+        return isinstance(self.module, nn.Embedding)
 
     @property
     def has_plain_weight(self) -> bool:
         """Whether the weight is stored element by element in 16 bits or more, so that its values can be read."""
-        weight = self.module.weight
+        weight = self.weight
         plain = weight.is_floating_point() and weight.dtype.itemsize >= 2 and weight.ndim == 2
-        return plain and tuple(self.weight.shape) == self.shape
+        return plain and tuple(weight.shape) == self.shape and not is_packed(self.module)
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether `read` can give the weight's values."""
+        packed = format_of(self.module)
+        return self.has_plain_weight if packed is None else packed.why_not_read(self.module) is None
+
+    def read(self) -> Tensor:
+        """The weight in floats, `(out_features, in_features)`: the one above, or a quantised one dequantised.
+
+        Raises:
+            ValueError: a quantised weight cannot be dequantised.
+        """
+        packed = format_of(self.module)
+        return self.weight if packed is None else packed.read(self.module)
+
+    @property
+    def evidence(self) -> Weight:
+        """What a fingerprint is taken of."""
+        return evidence_of(self.module, self.weight)
 
 
 def is_supported(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding))
+    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) or is_packed(module)
 
 
-def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = False) -> dict[str, Target]:
-    """The modules of `model` that `config` names, in the model's order.
+def evidence_of(module: nn.Module, weight: Tensor) -> Weight:
+    """What a fingerprint is taken of: `weight` as it is, or what dequantises it where it is packed."""
+    packed = format_of(module)
+    if packed is None or packed.why_not_read(module):
+        return weight
+
+    def dequantised() -> tuple[Tensor, Tensor]:
+        values = packed.read(module)
+        return values, packed.half_step(module, values)
+
+    return dequantised
+
+
+def find_targets(
+    model: nn.Module, config: SMTConfig, over_adapters: bool = False
+) -> dict[str, Target | ParameterTarget]:
+    """The modules of `model` that `config` names, in the model's order, then the parameters it names.
 
     `target_modules`, `exclude_modules`, `modules_to_save`, `layers_to_transform` and `layers_pattern` mean what they
     mean in PEFT; it is PEFT's own matcher that decides. `all-linear` leaves out the output head, also of a model
@@ -81,8 +134,10 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
         over_adapters: whether a target may carry an adapter of another method, as where the base is only read.
 
     Raises:
-        ValueError: nothing matches, or a match is no `nn.Linear`, `Conv1D` or `nn.Embedding`, is never called, is
-            trained in full or by token rows, or carries an adapter of another method.
+        NoMatchingPeftModuleError: nothing matches; a `ValueError`, as the other.
+        ValueError: a match is no `nn.Linear`, `Conv1D`, `nn.Embedding` or quantised linear layer, is never called, is
+            trained in full or by token rows, or carries an adapter of another method; or a name matches a bare
+            parameter only.
     """
     everything = _is_all_linear(config)
     resolved = _resolved(model, config)
@@ -94,6 +149,8 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
         if not name or name.startswith(inside):
             continue
         matched = check_target_module_exists(resolved, name)
+        if matched and everything and config.layers_to_transform is not None:
+            matched = _lies_in_layers(name, config)
         if isinstance(module, _WRAPPERS):
             inside += (name + ".",)
         if not matched or isinstance(matched, _ExcludedModule) or module is head:
@@ -108,10 +165,12 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
             f"{uncalled[0]} is left out{f', and {len(uncalled) - 1} more like it' * (len(uncalled) > 1)}: "
             "nn.MultiheadAttention takes its weight without calling it, so blocks of it would not train"
         )
-    if not targets:
-        raise ValueError(_nothing_matched(model, config))
+    check_unreached(model, config, targets)
+    parameters = find_parameters(model, config, targets) if config.target_parameters else {}
+    if not targets and (config.target_modules or not parameters):
+        raise NoMatchingPeftModuleError(_nothing_matched(model, config))
     _check_token_rows(model, config, targets)
-    return targets
+    return targets | parameters
 
 
 def _check_token_rows(model: nn.Module, config: SMTConfig, targets: dict[str, Target]) -> None:
@@ -141,12 +200,24 @@ def _is_all_linear(config: SMTConfig) -> bool:
 def _resolved(model: nn.Module, config: SMTConfig) -> SMTConfig:
     """A copy whose `target_modules` are names or a regex; PEFT resolves in place, and the caller's stays as it was."""
     resolved = config.copy()
-    if resolved.target_modules is None:
+    if resolved.target_modules is None and not resolved.target_parameters:
         model_type = BaseTuner.get_model_config(model).get("model_type")
         if model_type not in DEFAULT_TARGETS:
             raise ValueError("Please specify `target_modules` in `peft_config`")
         resolved.target_modules = DEFAULT_TARGETS[model_type]
-    return _maybe_include_all_linear_layers(resolved, model)
+    everything = _is_all_linear(resolved)
+    resolved = _maybe_include_all_linear_layers(resolved, model)
+    if everything:
+        # Of quantised layers PEFT knows those that are an `nn.Linear`.
+        resolved.target_modules |= {name for name, module in model.named_modules() if is_packed(module)}
+    return resolved
+
+
+def _lies_in_layers(name: str, config: SMTConfig) -> bool:
+    # PEFT looks at the layers only where it matches a module by the end of its name, and all-linear is full names.
+    by_its_end = config.copy()
+    by_its_end.target_modules = {name.rpartition(".")[2]}
+    return bool(check_target_module_exists(by_its_end, name))
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -173,8 +244,8 @@ def _as_target(name: str, module: nn.Module, over_adapters: bool) -> Target:
     if not is_supported(module):
         raise ValueError(
             f"Target module {name} is a {type(module).__name__}, which SMT does not support; it takes torch.nn.Linear, "
-            "torch.nn.Embedding and transformers' Conv1D. Name such layers in target_modules, or add this one to "
-            "exclude_modules"
+            "torch.nn.Embedding, transformers' Conv1D and quantised linear layers. Name such layers in target_modules, "
+            "or add this one to exclude_modules"
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise ValueError(
@@ -218,4 +289,7 @@ def _nothing_matched(model: nn.Module, config: SMTConfig) -> str:
         message += f"Note: You specified 'layers_to_transform': {config.layers_to_transform}. "
     if config.layers_pattern:
         message += f"You also specified 'layers_pattern': {config.layers_pattern}. "
-    return message + f"Please check target_modules; the model's linear layers are named {sorted(names)}."
+    message += f"Please check target_modules; the model's linear layers are named {sorted(names)}."
+    if bare := stacked_names(model):
+        message += f" Its experts are no modules: target_parameters names them, {bare}."
+    return message

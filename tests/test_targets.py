@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import Mlp, batch, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
@@ -128,3 +129,27 @@ class TestWrappedModels:
         model = get_peft_model(Mlp(), config)
         with pytest.raises(ValueError, match=r"linear layers are named \['up'\]"):
             find_targets(model.get_base_model(), SMTConfig(target_modules=["nothing"]))
+
+
+class TestLayers:
+    @pytest.mark.parametrize("names", ["all-linear", ["q_proj", "down_proj"]], ids=str)
+    def test_only_the_layers_asked_for(self, names):
+        targets = find_targets(tiny_llama(layers=3), SMTConfig(target_modules=names, layers_to_transform=[0, 2]))
+        assert {name.split(".")[2] for name in targets} == {"0", "2"}
+        assert len(targets) == 2 * (7 if names == "all-linear" else 2)
+
+    def test_an_adapter_on_one_layer_loads(self, tmp_path):
+        base = tiny_llama()
+        state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+        config = SMTConfig(layers_to_transform=1, block_size=8, score="random", init_weights=False)
+        model = get_peft_model(base, config).eval()
+        model.save_pretrained(tmp_path)
+        again = tiny_llama()
+        again.load_state_dict(state)
+        loaded = PeftModel.from_pretrained(again, tmp_path).eval()
+        assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
+
+
+def test_nothing_matched_is_the_error_peft_raises():
+    with pytest.raises(NoMatchingPeftModuleError, match="not found in the base model"):
+        find_targets(tiny_llama(), SMTConfig(target_modules=["none"]))

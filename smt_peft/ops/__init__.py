@@ -9,14 +9,17 @@ swap_linear     Y = X round(W + delta)^T + bias, the blocks in the weight for on
 swap_matmul     dX = dY round(W + delta)
 block_adamw_    AdamW on all blocks of a model
 block_linear    Y = X (W + delta)^T + bias, with the gradients of X and delta
+grouped_linear  the same for rows sorted by expert, one matrix per expert, in one GEMM call
 block_add       Y = base output + X delta^T, for a base layer that is opaque
 block_rows_add  rows of W + delta from those of W, for an embedding table
+block_overlay   Y = X round(W + delta)^T + bias, where W is packed and dequantised for each pass
 
 `operations` has the first eight, `dispatch` says which backend serves them, `library` shows them to compilers.
 """
 
 from . import library
 from .dispatch import explain, served, use_backend
+from .grouped import Run, grouped_linear
 from .linear import block_add, block_add_traceable, block_linear
 from .operations import (
     block_adamw_,
@@ -28,6 +31,7 @@ from .operations import (
     swap_linear,
     swap_matmul,
 )
+from .overlay import block_overlay
 from .reference import add_rounded, block_product, dense
 from .rows import LookUps, block_rows_add, table_grad, table_scores
 from .scores import block_sums, dense_grad, stripe_sums
@@ -35,6 +39,7 @@ from .swap import heal
 
 __all__ = [
     "LookUps",
+    "Run",
     "add_rounded",
     "block_adamw_",
     "block_add",
@@ -43,6 +48,7 @@ __all__ = [
     "block_grad",
     "block_linear",
     "block_matmul_",
+    "block_overlay",
     "block_product",
     "block_rows_add",
     "block_scatter_",
@@ -51,6 +57,7 @@ __all__ = [
     "dense",
     "dense_grad",
     "explain",
+    "grouped_linear",
     "heal",
     "library",
     "served",

@@ -200,12 +200,14 @@ def _groups(names: list[str], budget: str) -> dict[str, list[str]]:
     if budget == "global":
         return {"the whole model": names}
     groups: dict[str, list[str]] = {}
-    for name in names:
+    for matrix in names:
+        # The experts in one parameter share its budget.
+        name = matrix.partition("[")[0]
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         in_layer = budget == "per_layer" and number is not None
         label = f"layer {'.'.join(parts[: number + 1])}" if in_layer else f"module {name}"
-        groups.setdefault(label, []).append(name)
+        groups.setdefault(label, []).append(matrix)
     return groups
 
 

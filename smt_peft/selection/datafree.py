@@ -11,6 +11,7 @@ from ..config import SMTConfig
 from ..say import once
 from ..targets import Target
 from .budget import PATTERNS, choose_blocks, choose_pattern, module_seed
+from .experts import joined, matrices
 from .scores import checked, diagonal_scores, low_rank_magnitude, magnitude, random_scores
 from .spread import diagonal_order
 
@@ -36,9 +37,10 @@ def select_without_data(
     Raises:
         ValueError: as `choose_blocks`, or a score by weights meets a packed weight.
     """
-    grids = {name: (grids or {}).get(name) or config.grid(target.shape, name) for name, target in targets.items()}
+    everything, targets = targets, matrices(targets) if counts is None else targets
+    grids = {name: (grids or {}).get(name) or target.grid(config) for name, target in targets.items()}
     score = "random" if config.needs_data else config.score
-    if score not in PATTERNS and any(target.module.weight.is_meta for target in targets.values()):
+    if score not in PATTERNS and any(target.weight.is_meta for target in targets.values()):
         once(f"score={score!r} needs weights, but the model is on the meta device; blocks are chosen at random")
         score = "random"
     scores = {}
@@ -50,7 +52,7 @@ def select_without_data(
         scores = {name: _scores(score, targets[name], grid, config) for name, grid in grids.items() if name in wanted}
         blocks = choose_blocks(scores, grids, config, counts)
     keep = scores if keep_scores and score not in PATTERNS else {}
-    return BlockSelection(blocks, grids, keep, provenance(score, config, targets))
+    return joined(BlockSelection(blocks, grids, keep, provenance(score, config, everything)), everything)
 
 
 def _scores(score: str, target: Target, grid: BlockGrid, config: SMTConfig) -> torch.Tensor:
@@ -61,14 +63,14 @@ def _scores(score: str, target: Target, grid: BlockGrid, config: SMTConfig) -> t
         return diagonal_scores(grid, torch.from_numpy(diagonal_order(grid, grid.num_blocks)))
     check_readable(target, score)
     if score == "magnitude":
-        return checked(target.name, magnitude(target.weight, grid))
-    return checked(target.name, low_rank_magnitude(target.weight, grid, seed))
+        return checked(target.name, magnitude(target.read(), grid))
+    return checked(target.name, low_rank_magnitude(target.read(), grid, seed))
 
 
 def check_readable(target: Target, score: str) -> None:
     """Raise `ValueError`, naming the module, when a score that reads weights meets a packed one."""
-    if not target.has_plain_weight:
-        weight = target.module.weight
+    if not target.is_readable:
+        weight = target.weight
         raise ValueError(
             f"{target.name}: score={score!r} reads the weight, which is stored as {weight.dtype} of shape "
             f"{tuple(weight.shape)} for a {' x '.join(map(str, target.shape))} matrix; take a score that needs no "
@@ -79,6 +81,7 @@ def check_readable(target: Target, score: str) -> None:
 def provenance(score: str, config: SMTConfig, targets: Mapping[str, Target]) -> dict:
     """How a selection came about, in JSON values."""
     modules = config.target_modules
+    found = [name for name, target in targets.items() if isinstance(target, Target)]
     return {
         "score": score,
         "block_size": config.block_size,
@@ -90,6 +93,7 @@ def provenance(score: str, config: SMTConfig, targets: Mapping[str, Target]) -> 
         "max_column_share": config.max_column_share,
         "max_lora_rank": config.max_lora_rank,
         "seed": config.seed,
-        "target_modules": modules if isinstance(modules, str) else sorted(targets if modules is None else modules),
+        "target_modules": modules if isinstance(modules, str) else sorted(found if modules is None else modules),
+        "target_parameters": config.target_parameters,
         "num_targets": len(targets),
     }

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..packed import REPACKS, unpack_for_cpu
+
 _MISSING = object()
 
 
@@ -58,6 +60,9 @@ def borrowed(model: nn.Module, seed: int, checkpointing: bool) -> Iterator[nn.Mo
             _set(stack, module, "training", active)
             if active:
                 _make_non_reentrant(stack, module)
+            if hasattr(module, REPACKS):
+                unpack_for_cpu(module)
+                _set(stack, module, REPACKS, False)
             config = getattr(module, "config", None)
             if getattr(config, "use_cache", None) is True:
                 _set(stack, config, "use_cache", False)

@@ -74,10 +74,11 @@ class GradientScore:
 
     Args:
         name: the module, for messages.
-        weight: `(out_features, in_features)` view; read by `taylor` and callables only.
+        weight: `(out_features, in_features)` view, or a packed weight as it is stored.
         grid: its tiling.
         score: a gradient score's name, or a callable `(weight, grad) -> scores` of the weight's shape.
         accumulator_device: where the dense sum of `grad_sum_abs` is kept; None: with the weight.
+        read: gives the weight's values, for `taylor` and callables; None: `weight` holds them.
     """
 
     NAMES = ("grad_abs", "grad_sq", "taylor", "mean_abs", "grad_sum_abs")
@@ -89,8 +90,10 @@ class GradientScore:
         grid: BlockGrid,
         score: str | Callable,
         accumulator_device: torch.device | str | None = None,
+        read: Callable[[], Tensor] | None = None,
     ):
-        self.name, self.weight, self.grid, self.score = name, weight, grid, score
+        self.name, self.grid, self.score = name, grid, score
+        self._read = read or (lambda: weight)
         self.sums = torch.zeros(grid.stripes, dtype=_dtype(weight), device=weight.device)
         self.dense: Tensor | None = None
         if score == "grad_sum_abs":
@@ -115,12 +118,12 @@ class GradientScore:
         if self.dense is not None:
             self.dense.add_(grad.to(self.dense.device))
             return
-        grad = grad.mul_(self.weight.detach()).abs_() if self.score == "taylor" else self._custom(grad)
+        grad = grad.mul_(self._read().detach()).abs_() if self.score == "taylor" else self._custom(grad)
         self.sums.add_(block_means(grad, self.grid))
 
     def _custom(self, grad: Tensor) -> Tensor:
         try:
-            scores = self.score(self.weight.detach(), grad)
+            scores = self.score(self._read().detach(), grad)
         except Exception as error:
             raise ValueError(
                 f"{self.name}: the score function raised {type(error).__name__}: {error}; it is called with weight and "

@@ -21,6 +21,7 @@ from ..say import say
 from ..targets import Target, find_targets
 from .budget import choose_blocks
 from .datafree import check_readable, provenance, select_without_data
+from .experts import MatrixActivation, joined, matrices, tappable_experts
 from .guard import base_of, borrowed
 from .scores import ActivationScore, GradientScore
 from .tables import TableScore
@@ -52,7 +53,8 @@ def select_blocks(
     own part of the data.
 
     Args:
-        model: any model whose targets are `nn.Linear` or `Conv1D`; of a `PeftModel`, the base is scored, adapters off.
+        model: any model whose targets are `nn.Linear`, `Conv1D` or quantised linear layers; of a `PeftModel`, the
+            base is scored, adapters off.
         config: says which modules, which score and how much.
         dataloader: batches. A mapping is called as `model(**batch)`, a tuple or list as `model(*batch)`; the loss is
             the output itself when it is a scalar, else its `loss`. Not needed for a score without data.
@@ -76,15 +78,18 @@ def select_blocks(
     if config.needs_data:
         _check_loader(dataloader, config)
         _check_weights(base, targets)
-        grids = {name: config.grid(target.shape, name) for name, target in targets.items()}
-        taps = _make_taps(targets, grids, config, accumulator_device)
+        # An expert's matrix is scored, and its blocks are spread, as a module's would be.
+        tapped = matrices(targets)
+        grids = {name: target.grid(config) for name, target in tapped.items()}
+        taps = _make_taps(tapped, grids, config, accumulator_device)
         seen = _warm_up(model, config, taps, dataloader, num_batches, loss_fn, progress)
         scores = _finish(taps, seen)
         record = provenance(config.score_name, config, targets) | seen.record()
         selection = BlockSelection(choose_blocks(scores, grids, config), grids, scores if keep_scores else {}, record)
+        selection = joined(selection, targets)
     else:
         selection = select_without_data(targets, config, keep_scores=keep_scores)
-    selection.provenance["base_fingerprint"] = fingerprint({name: t.weight for name, t in targets.items()})
+    selection.provenance["base_fingerprint"] = fingerprint({name: t.evidence for name, t in targets.items()})
     say(f"chose {selection.summary()}")
     return selection
 
@@ -104,6 +109,7 @@ def _warm_up(
         # The loader is opened inside, so that its shuffling follows the seed and spares the caller's random state.
         with (
             borrowed(model, config.seed, checkpointing=isinstance(taps, GradientTaps)) as base,
+            tappable_experts(taps.targets),
             taps.installed(),
             tqdm(
                 islice(dataloader, num_batches),
@@ -236,13 +242,19 @@ def _make_taps(
 ) -> Taps:
     if config.score == "activation":
         for name, target in targets.items():
-            if isinstance(target.module, nn.Embedding):
+            if target.is_table:
                 raise ValueError(
                     f"{name}: score='activation' measures the inputs of a linear layer, but those of an embedding are "
                     "token ids; take another score, such as 'grad_abs', or add this module to exclude_modules"
                 )
         return ActivationTaps(
-            targets, {name: ActivationScore(name, target.weight, grids[name]) for name, target in targets.items()}
+            targets,
+            {
+                name: (ActivationScore if isinstance(target, Target) else MatrixActivation)(
+                    name, target.weight, grids[name]
+                )
+                for name, target in targets.items()
+            },
         )
     if isinstance(config.score, str) and config.score not in GradientScore.NAMES:
         raise ValueError(
@@ -266,9 +278,9 @@ def _make_taps(
 
 
 def _gradient_score(target: Target, grid: BlockGrid, score: str | Callable, device: Any) -> GradientScore:
-    if isinstance(target.module, nn.Embedding):
+    if target.is_table:
         return TableScore(target.module, target.name, target.weight, grid, score, device)
-    return GradientScore(target.name, target.weight, grid, score, device)
+    return GradientScore(target.name, target.weight, grid, score, device, target.read)
 
 
 def _check_reached(names: list[str], reached: set[str]) -> None:
@@ -317,7 +329,7 @@ def _check_weights(base: nn.Module, targets: Mapping[str, Target]) -> None:
     # Weights that Accelerate has offloaded are on the meta device between calls, too.
     offloaded = any(hasattr(module, "_hf_hook") for module in base.modules())
     weights = {} if offloaded else dict(base.named_parameters())
-    weights |= {f"{name}.weight": target.module.weight for name, target in targets.items()}
+    weights |= {f"{name}.weight": target.weight for name, target in targets.items()}
     meta = [name for name, weight in weights.items() if weight.is_meta]
     if meta:
         raise ValueError(

@@ -2,31 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from .errors import ConfigError
 
+if TYPE_CHECKING:
+    # Not at run time: it loads TRL, which the process that verifies has no use for.
+    from .schema import RunConfig
 
-def load_model(name: str, dtype: str | None, device: torch.device | str) -> PreTrainedModel:
+
+def load_model(
+    name: str, dtype: str | None, device: torch.device | str, quantization: Any | None = None
+) -> PreTrainedModel:
     """The base model on `device`, in evaluation mode.
 
     Args:
         name: a directory or a name on the Hub.
         dtype: a torch dtype by name, `"auto"` for the checkpoint's, or None: float32 on a CPU, else `"auto"`.
         device: where the weights go.
+        quantization: a `quantization_config` of Transformers; None loads the weights as they are.
     """
     if dtype is None:
         dtype = "float32" if torch.device(device).type == "cpu" else "auto"
     disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+        if quantization is None:
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, quantization_config=quantization, device_map={"": torch.device(device)}
+        )
+        # TRL would cast what is trainable in a quantised model to bf16, norms and embeddings too.
+        return model.requires_grad_(False).eval()
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"model_name_or_path: {name} cannot be loaded: {error}") from error
     finally:
         enable_progress_bar()
-    return model.to(device).eval()
+
+
+def load_base(config: RunConfig, device: torch.device | str) -> PreTrainedModel:
+    """The base model of a run, quantised if the run says so."""
+    return load_model(config.model_name_or_path, config.dtype, device, _quantization(config, device))
+
+
+def _quantization(config: RunConfig, device: torch.device | str) -> BitsAndBytesConfig | None:
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not config.load_in_4bit:
+        return None
+    dtype = config.dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
+    if dtype == "auto":
+        # Computing in another dtype than the rest of the model's would only cast back and forth.
+        dtype = AutoConfig.from_pretrained(config.model_name_or_path).dtype or torch.float32
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+@contextmanager
+def passes_as_adapted(model: nn.Module) -> Iterator[None]:
+    """A trainer refuses a quantised model without an adapter, also one that is to tokenise only."""
+    before = getattr(model, "_hf_peft_config_loaded", False)
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        model._hf_peft_config_loaded = before
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -25,12 +25,13 @@ from ..optim import SMTAdamW
 from ..report.picture import draw_selection
 from ..report.table import report
 from ..selection import select_blocks
+from ..tuner.delta import SMTBlocks
 from . import outputs
 from .compare import lora_config
 from .data import Data, load_data
 from .errors import ConfigError
 from .evaluate import exact_match
-from .model import load_model, load_tokenizer
+from .model import load_base, load_tokenizer, passes_as_adapted
 from .schema import AUTO, Run
 from .tell import tell
 from .verify import verify_saved
@@ -130,18 +131,19 @@ def prepare(run: Run) -> Prepared:
     set_seed(run.trainer.seed)
     tokenizer = load_tokenizer(run.config.model_name_or_path)
     data = load_data(run.config, run.trainer.dataset_text_field)
-    model = load_model(run.config.model_name_or_path, run.config.dtype, run.trainer.device)
+    model = load_base(run.config, run.trainer.device)
     if "messages" in data.train.column_names and tokenizer.chat_template is None and not run.trainer.chat_template_path:
         raise ConfigError(
             "dataset_path holds messages, but the tokenizer has no chat template; name one in chat_template_path"
         )
-    trainer = SFTTrainer(
-        model=model,
-        args=copy.copy(run.trainer),
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        processing_class=tokenizer,
-    )
+    with passes_as_adapted(model):
+        trainer = SFTTrainer(
+            model=model,
+            args=copy.copy(run.trainer),
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            processing_class=tokenizer,
+        )
     if len(trainer.train_dataset) == 0:
         raise ConfigError(
             f"max_length: no row keeps a token to learn from within {run.trainer.max_length} tokens; raise max_length"
@@ -181,7 +183,7 @@ def make_trainer(
         setattr(args, name, value)
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     with _blaming("smt"):
-        return SFTTrainer(
+        trainer = SFTTrainer(
             model=prepared.model,
             args=args,
             train_dataset=prepared.train_set,
@@ -191,6 +193,11 @@ def make_trainer(
             callbacks=list(callbacks),
             optimizer_cls_and_kwargs=_optimizer(run, args),
         )
+    for module in trainer.model.modules():
+        if isinstance(module, SMTBlocks) and module.weight.requires_grad:
+            # On a quantised base TRL has cast them to bf16, in which small steps from a grown delta are lost.
+            module.weight.data = module.weight.data.float()
+    return trainer
 
 
 def fit(run: Run, trainer: SFTTrainer, checkpoint: str | None = None) -> float:
@@ -251,7 +258,7 @@ def compare_lora(run: Run, prepared: Prepared, selection: BlockSelection) -> dic
     config = lora_config(selection, run.smt.modules_to_save)
     rate = run.config.compare_lora_learning_rate or run.trainer.learning_rate
     set_seed(run.trainer.seed)
-    prepared.model = load_model(run.config.model_name_or_path, run.config.dtype, run.trainer.device)
+    prepared.model = load_base(run.config, run.trainer.device)
     trainer = make_trainer(run, prepared, config, learning_rate=rate, save_strategy="no")
     trainable, _ = trainer.model.get_nb_trainable_parameters()
     tell(f"LoRA to compare with: rank {config.r}, {trainable:,} trainable weights, learning rate {rate:g}")

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -35,7 +36,7 @@ _INTERNAL = {
     "inference_mode",
     "block_pattern",
     "base_fingerprint",
-    "target_parameters",
+    "base_quantization",
     "fan_in_fan_out",
 }
 _TRAINER_OPTIMIZERS = tuple(name.value for name in OptimizerNames)
@@ -74,6 +75,11 @@ class RunConfig:
     Args:
         model_name_or_path: the base model: a local directory or a name on the Hub.
         dtype: of the base weights; None stands for float32 on a CPU and `"auto"` (the checkpoint's own) elsewhere.
+        load_in_4bit: quantise the base to 4 bits with bitsandbytes while it is loaded; `dtype` is then that of the
+            computation.
+        load_in_8bit: the same to 8 bits.
+        bnb_4bit_quant_type: the 4-bit code.
+        bnb_4bit_use_double_quant: keep the scales of 4-bit weights in 8 bits.
         dataset_path: one or more local files: jsonl, json, csv or parquet.
         dataset_name: a data set on the Hub, instead of `dataset_path`.
         dataset_train_split: the split of `dataset_name` to train on.
@@ -90,6 +96,10 @@ class RunConfig:
 
     model_name_or_path: str
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = False
     dataset_path: str | list[str] | None = None
     dataset_name: str | None = None
     dataset_train_split: str = "train"
@@ -155,6 +165,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     known = known_keys()
     good = {key: value for key, value in flat.items() if _check(key, value, known, errors)}
     _check_presence(flat, errors)
+    _check_quantisation(good, errors)
     _check_files(good, errors)
     ours = {key for key in good if key in RunConfig.__dataclass_fields__}
     block = {key.removeprefix("smt."): value for key, value in good.items() if key.startswith("smt.")}
@@ -252,6 +263,17 @@ def _check_presence(flat: Mapping[str, Any], errors: Errors) -> None:
     for key in ("smt.warmup_batches", "generation_max_new_tokens", "generation_batch_size"):
         if isinstance(flat.get(key), int) and flat[key] < 1:
             errors.add(key, f"{key} must be at least 1, got {flat[key]}")
+
+
+def _check_quantisation(good: Mapping[str, Any], errors: Errors) -> None:
+    asked = [key for key in ("load_in_4bit", "load_in_8bit") if good.get(key)]
+    if len(asked) == 2:
+        errors.add("load_in_8bit", "load_in_8bit and load_in_4bit are both set; keep one of them")
+    elif asked and find_spec("bitsandbytes") is None:
+        errors.add(asked[0], f"{asked[0]} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+        if good.get(key) and "load_in_4bit" not in asked:
+            errors.add(key, f"{key} has no effect without load_in_4bit: true; set that, or leave the key out")
 
 
 def _check_files(good: Mapping[str, Any], errors: Errors) -> None:

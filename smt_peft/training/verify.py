@@ -21,8 +21,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..blocks import BlockLayout, BlockSelection
+from ..export.dequantised import dequantise_, quantization_config, round_to
+from ..packed import quantization_of
+from ..tuner.quantised import QuantisedLinear
 from .errors import VerificationError
 from .model import load_model
 from .tell import tell
@@ -55,9 +59,11 @@ def verify_saved(
     """
     inner = model.get_base_model()
     ids, mask = _pad([list(ids)[:PROBE_TOKENS] for ids in sequences[:PROBE_ROWS]])
+    record = quantization_of(inner)
     settings = {
         "base": base,
-        "dtype": str(inner.dtype).removeprefix("torch."),
+        "quantization": record,
+        "dtype": record["dtype"] if record else str(inner.dtype).removeprefix("torch."),
         "device": str(inner.device),
         "threads": torch.get_num_threads(),
         "precision": torch.get_float32_matmul_precision(),
@@ -129,20 +135,26 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
     """The checks themselves, in the fresh process."""
     from peft import PeftModel
 
-    device = settings["device"]
-    base = load_model(settings["base"], settings["dtype"], device)
+    base = _load(settings, settings["device"])
     model = PeftModel.from_pretrained(base, settings["adapter"]).eval()
     ids, mask, expected = probe["input_ids"], probe["attention_mask"], probe["logits"]
     own = _logits(base, ids, mask)
     selection = BlockSelection.load(settings["selection"])
     layouts, deltas, in_full = _read_adapter(Path(settings["adapter"]), selection)
+    dtype, unmerged = getattr(torch, settings["dtype"]), own
+    before, plain = _load(settings, "cpu"), []
+    if settings["quantization"]:
+        # Merging leaves the floats that were trained; packing them again would round.
+        unmerged = _by_overlay(model, ids, mask)
+        dequantise_(before)
+        base = _load(settings, settings["device"])
+        plain = dequantise_(base)
+        model = PeftModel.from_pretrained(base, settings["adapter"]).eval()
     merged_model = model.merge_and_unload()
+    weights_ok, untouched = _compare_weights(merged_model, before, layouts, deltas, in_full)
+    round_to(plain, dtype)
     merged = _logits(merged_model, ids, mask)
-    weights_ok, untouched = _compare_weights(
-        merged_model, load_model(settings["base"], settings["dtype"], "cpu"), layouts, deltas, in_full
-    )
-    difference = (merged.double() - own.double()).abs().max().item()
-    dtype = getattr(torch, settings["dtype"])
+    difference = (merged.double() - unmerged.double()).abs().max().item()
     tolerance = ROUNDING_FACTOR * math.sqrt(len(layouts)) * torch.finfo(dtype).eps * own.abs().max().item()
     return {
         "passed": {
@@ -159,6 +171,20 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
         "merged_tolerance": tolerance,
         "dtype": settings["dtype"],
     }
+
+
+def _load(settings: dict[str, Any], device: str) -> PreTrainedModel:
+    record = settings["quantization"]
+    quantization = quantization_config(record)[0] if record else None
+    return load_model(settings["base"], settings["dtype"], device, quantization)
+
+
+def _by_overlay(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits by the dequantised weights, as in training; in evaluation the library's kernels round otherwise."""
+    for layer in model.modules():
+        if isinstance(layer, QuantisedLinear):
+            layer.smt_forward = dict.fromkeys(layer.smt_forward, "overlay")
+    return _logits(model.get_base_model(), ids, mask)
 
 
 def _read_adapter(
@@ -200,12 +226,13 @@ def _compare_weights(
     after = dict(merged.named_parameters())
     same, untouched = True, 0
     for name, before in base.named_parameters():
-        module = name.removesuffix(".weight")
+        # A bare parameter has blocks of its own, `experts.down_proj`.
+        module = name if name in layouts else name.removesuffix(".weight")
         if any(key.startswith(name.rpartition(".")[0] + ".") for key in in_full):
             continue
         expected = before.detach()
-        if name.endswith(".weight") and module in layouts:
-            transposed = isinstance(base.get_submodule(module), Conv1D)
+        if module in layouts:
+            transposed = module != name and isinstance(base.get_submodule(module), Conv1D)
             expected = _merged_by_hand(expected.t() if transposed else expected, layouts[module], deltas[module])
             expected = expected.t() if transposed else expected
             untouched -= layouts[module].effective_numel

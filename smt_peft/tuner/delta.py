@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from ..blocks import BlockGrid, BlockLayout
@@ -42,7 +43,7 @@ class SMTBlocks(nn.Module):
                 self._check_finite(self.weight)
             with torch.inference_mode(False):
                 index = self.index.detach().clone()
-            self._layout = (key, BlockLayout(self.grid, index).prepare())
+            self._layout = (key, _static(BlockLayout(self.grid, index).prepare()))
         return self._layout[1]
 
     def padding(self) -> int:
@@ -109,3 +110,12 @@ class SMTBlocks(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} blocks, {self.grid}"
+
+
+def _static(layout: BlockLayout) -> BlockLayout:
+    """Tells compilers that the index tensors stay where they are: a CUDA graph then reads them in place, and finds the
+    very tensors that were checked, instead of copies that would have to be checked while it is captured."""
+    for part in (layout, layout.transposed, layout.packed):
+        for index in (part.blocks, part.columns):
+            torch._dynamo.mark_static_address(index)
+    return layout

@@ -15,6 +15,11 @@ def why_not_fused(base: nn.Module, blocks: nn.Module, x: Tensor) -> str | None:
     # By exact type: a subclass (quantised, parametrized, sharded) may compute something else in its forward.
     if type(base) not in (nn.Linear, Conv1D):
         return f"the base layer is a {type(base).__name__}"
+    return why_not_bypassed(base, blocks) or _why_not_weight(base, blocks.weight) or _why_not_input(base.weight, x)
+
+
+def why_not_bypassed(base: nn.Module, blocks: nn.Module) -> str | None:
+    """Why the base layer's own call must not be left out: something hangs on it."""
     for module in (base, blocks):
         if any(getattr(module, hooks) for hooks in _HOOKS):
             return "hooks are registered on the layer"
@@ -22,7 +27,7 @@ def why_not_fused(base: nn.Module, blocks: nn.Module, x: Tensor) -> str | None:
         return "the base layer's forward has been replaced"
     if _has_any_global_hook():
         return "global module hooks are registered"
-    return _why_not_weight(base, blocks.weight) or _why_not_input(base.weight, x)
+    return None
 
 
 def _why_not_weight(base: nn.Module, delta: Tensor) -> str | None:

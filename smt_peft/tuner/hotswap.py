@@ -53,7 +53,7 @@ def hotswap_adapter(
     tensors = load_peft_weights(str(model_name_or_path), device=torch_device or "cpu", **kwargs)
     saved = _blocks_by_module(tensors, model)
     _check_fit(saved, layers, adapter_name)
-    check_base(config, {name: layer.weight_view() for name, layer in layers.items() if not layer.merged})
+    check_base(config, {name: layer.evidence() for name, layer in layers.items() if not layer.merged})
     with torch.no_grad():
         for name, layer in layers.items():
             _overwrite(layer.smt_blocks[adapter_name], saved.get(name))

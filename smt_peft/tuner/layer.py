@@ -12,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from .. import ops
 from ..blocks import BlockGrid, BlockLayout
 from ..config import SMTConfig
+from ..fingerprint import Weight
 from ..say import once
+from ..targets import evidence_of
 from .delta import SMTBlocks
 from .gate import why_not_merged
 
@@ -36,18 +38,34 @@ class SMTLayer(BaseTunerLayer):
         # What has been merged into the weight, in order: by this layer and, where the weight is tied, by others.
         self._merges: list[tuple[SMTLayer, str]] = []
         self._told: str | None = None
+        self.out_features, self.in_features = self._features()
+
+    def _features(self) -> tuple[int, int]:
         base = self.get_base_layer()
         if isinstance(base, nn.Embedding):
-            self.out_features, self.in_features = base.num_embeddings, base.embedding_dim
-            return
-        is_conv1d = isinstance(base, Conv1D)
-        self.out_features = base.nf if is_conv1d else base.out_features
-        self.in_features = base.nx if is_conv1d else base.in_features
+            return base.num_embeddings, base.embedding_dim
+        return (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
 
     def weight_view(self) -> Tensor:
         """The base weight as an `(out_features, in_features)` view."""
         base = self.get_base_layer()
         return base.weight.t() if isinstance(base, Conv1D) else base.weight
+
+    def stored_weight(self) -> Tensor:
+        """The base weight as it is stored."""
+        return self.get_base_layer().weight
+
+    def evidence(self) -> Weight:
+        """What a fingerprint of the base is taken of."""
+        return evidence_of(self.get_base_layer(), self.weight_view())
+
+    def check_forward(self, forward: str) -> None:
+        """Raise `ValueError`, naming the module, when `SMTConfig.forward` asks for what this layer can never do."""
+        if forward == "overlay":
+            raise ValueError(
+                f"{self.smt_name}: forward='overlay' serves quantised base layers and this one is a plain "
+                f"{type(self.get_base_layer()).__name__}; use forward='auto'"
+            )
 
     def update_layer(
         self,
@@ -59,11 +77,7 @@ class SMTLayer(BaseTunerLayer):
         inference_mode: bool = False,
     ) -> None:
         """Add or replace an adapter of `num_blocks` blocks at the positions `index`, int32 `(num_blocks, 2)`."""
-        if config.forward == "overlay":
-            raise ValueError(
-                f"{self.smt_name}: forward='overlay' serves quantised base layers and this one is a plain "
-                f"{type(self.get_base_layer()).__name__}; use forward='auto'"
-            )
+        self.check_forward(config.forward)
         blocks = SMTBlocks(self.smt_name, grid, num_blocks)
         with torch.no_grad():
             if not blocks.index.is_meta:
@@ -74,12 +88,18 @@ class SMTLayer(BaseTunerLayer):
                 blocks.weight.normal_(std=0.02).mul_(mask)
         self.smt_blocks[adapter_name] = blocks
         self.smt_forward[adapter_name] = config.forward
-        if not self.get_base_layer().weight.is_meta:
+        if not self.stored_weight().is_meta:
             self._move_adapter_to_device_of_base_layer(adapter_name)
         if not blocks.index.is_meta:
             # Made now, so that a compiler or tracer finds it made.
             self.smt_blocks[adapter_name].layout()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        # PEFT hands one list to all layers; a compiler notes which of them share it, and would compile anew once
+        # switching adapters has changed that.
+        self._active_adapter = list(self._active_adapter)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense matrix of the shape and on the device of the base weight, fp32."""
@@ -99,7 +119,7 @@ class SMTLayer(BaseTunerLayer):
             ValueError: the base layer does not compute with its weight alone, or `safe_merge` is set and a merged block
                 is not finite; nothing has been written then.
         """
-        adapter_names = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.smt_blocks]
+        adapter_names = self._to_merge(adapter_names)
         self.heal()
         self.check_merge(adapter_names, safe_merge)
         for adapter in adapter_names:
@@ -110,11 +130,14 @@ class SMTLayer(BaseTunerLayer):
             self._merges.append((self, adapter))
             self.merged_adapters.append(adapter)
 
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smt_blocks]
+
     def check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise what `merge` would raise; nothing is written."""
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in names if name in self.smt_blocks]
-        if names and (reason := why_not_merged(self.get_base_layer())):
+        if names and (reason := self._why_not_merged()):
             raise ValueError(
                 f"{self.smt_name}: the blocks cannot be merged, because {reason}; use the adapter unmerged"
             )
@@ -124,6 +147,9 @@ class SMTLayer(BaseTunerLayer):
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer "
                     f"{self.smt_name}); the base weights were left as they were"
                 )
+
+    def _why_not_merged(self) -> str | None:
+        return why_not_merged(self.get_base_layer())
 
     def _merged_blocks(self, adapter: str) -> tuple[Tensor, Tensor]:
         blocks = self.smt_blocks[adapter]
@@ -149,7 +175,7 @@ class SMTLayer(BaseTunerLayer):
 
     def heal(self) -> None:
         """Put the base back if an interrupt cut a swap off; see `ops.swap`."""
-        ops.heal(self.get_base_layer().weight)
+        ops.heal(self.stored_weight())
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):

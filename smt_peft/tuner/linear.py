@@ -63,12 +63,15 @@ class Linear(nn.Module, SMTLayer):
 
     def _opaque_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         self._told = "additive"
-        y = self.base_layer(x, *args, **kwargs)
+        y = self._base_output(x, *args, **kwargs)
         add = ops.block_add_traceable if is_traced() else ops.block_add
         for name in active:
             blocks = self.smt_blocks[name]
             y = add(y, x, blocks.weight, blocks.layout())
         return y
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base_layer(x, *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self.heal()

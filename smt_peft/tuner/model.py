@@ -7,20 +7,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..config import SMTConfig
 from ..fingerprint import fingerprint
+from ..packed import format_of, is_packed, keep_exact, let_repack, quantization_of, unpacked_numel
 from ..say import say
 from ..targets import DEFAULT_TARGETS
 from .combination import check_combination, combined_config, weighted_sum
 from .delta import SMTBlocks
 from .embedding import Embedding
+from .experts import ParameterLayer, ParamWrapper, check_rows
 from .layer import SMTLayer
 from .linear import Linear
 from .plan import Plan, check_base, make_plan
+from .quantised import QuantisedLinear, tell_rounding
 
 
 class SMTModel(BaseTuner):
@@ -58,6 +62,7 @@ class SMTModel(BaseTuner):
             raise
         finally:
             config.plan = None
+        keep_exact(model)
         # PEFT has resolved "all-linear" into names by now.
         config.filled_in["target_modules"] = targets, config.target_modules
         if config.awaits_weights:
@@ -69,10 +74,26 @@ class SMTModel(BaseTuner):
                 "parameters, though print_trainable_parameters counts them"
             )
 
+    def _prepare_adapter_config(self, peft_config: SMTConfig, model_config: dict) -> SMTConfig:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _prepare_model(self, peft_config: SMTConfig, model: nn.Module) -> None:
         """Settle every block before the first layer is touched."""
         plan = make_plan(model, peft_config)
-        peft_config.fill_in(block_pattern=plan.block_pattern(), base_fingerprint=plan.base_fingerprint)
+        quantization = peft_config.base_quantization if peft_config.awaits_weights else quantization_of(model)
+        peft_config.fill_in(
+            block_pattern=plan.block_pattern(),
+            base_fingerprint=plan.base_fingerprint,
+            base_quantization=quantization,
+        )
+        modules = {name: module for name, module in model.named_modules() if name in plan.selection.blocks}
+        if any(is_packed(module) and not isinstance(module, nn.Linear) for module in modules.values()):
+            # PEFT's own "all-linear" would pass over quantised layers that are no `nn.Linear`.
+            peft_config.target_modules = {
+                name for name, module in modules.items() if not isinstance(module, ParameterLayer)
+            }
         peft_config.plan = plan
 
     @staticmethod
@@ -81,7 +102,8 @@ class SMTModel(BaseTuner):
         matched = BaseTuner._check_target_module_exists(peft_config, key)
         if not matched or not peft_config.block_pattern:
             return matched
-        return key in peft_config.block_pattern
+        # Where PEFT injects by a state dict it hands over the names of a compiled model without their prefix.
+        return key in peft_config.block_pattern or f"_orig_mod.{key}" in peft_config.block_pattern
 
     def _create_and_replace(
         self,
@@ -91,22 +113,39 @@ class SMTModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **_: Any,
     ) -> None:
         plan: Plan = peft_config.plan
+        if parameter_name is not None and current_key not in plan.selection.blocks:
+            # PEFT goes by the names alone: without a chosen block, or outside layers_to_transform.
+            return
         grid, num_blocks, index = plan.entry(current_key)
         inference_mode = getattr(peft_config, "inference_mode", False)
+        if parameter_name is not None:
+            wrapper = parent if isinstance(parent, ParamWrapper) else target
+            if not isinstance(wrapper, ParamWrapper):
+                wrapper = ParamWrapper(target)
+                self._replace_module(parent, target_name, wrapper, target)
+            target = wrapper.layer(parameter_name, current_key, self.active_adapters)
         if isinstance(target, SMTLayer):
             target.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
             return
-        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        layer = (Embedding if isinstance(base, nn.Embedding) else Linear)(target, current_key)
+        layer = self._new_layer(target, current_key)
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
         if isinstance(parent, nn.TransformerEncoderLayer):
             # In evaluation its fused path would read the weight past the adapter; any hook switches that path off.
             layer.register_forward_pre_hook(_no_fused_path)
         self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, target: nn.Module, name: str) -> SMTLayer:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(base, nn.Embedding):
+            return Embedding(target, name)
+        if format_of(base) is None:
+            return Linear(target, name)
+        return QuantisedLinear(target, name, get_quantization_kwargs(self.model).get("get_apply_tensor_subclass"))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer"):
@@ -158,6 +197,7 @@ class SMTModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge(safe_merge, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        tell_rounding(_layers_of(self.model))
 
     def _unload_and_optionally_merge(
         self,
@@ -173,14 +213,17 @@ class SMTModel(BaseTuner):
             layer.heal()
             if not merge and layer.merged:
                 layer.unmerge()
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        tell_rounding(layers)
+        let_repack(model)
+        return model
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         """Look at every layer before the first is written; layers that share a weight keep one record of merges."""
         records: dict[int, list] = {}
         for layer in _layers_of(self.model):
             layer.check_merge(adapter_names, safe_merge)
-            record = records.setdefault(id(layer.get_base_layer().weight), layer._merges)
+            record = records.setdefault(id(layer.stored_weight()), layer._merges)
             if layer._merges is not record:
                 record.extend(layer._merges)
                 layer._merges = record
@@ -195,6 +238,7 @@ class SMTModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = _layers_of(self.model)
+        check_rows(layers, adapter_names)
         known = {name for layer in layers for name in layer.smt_blocks} | {"__base__"}
         unknown = sorted(set(adapter_names) - known)
         if unknown:
@@ -226,7 +270,8 @@ class SMTModel(BaseTuner):
         blocks = {name: layer.smt_blocks[adapter_name] for name, layer in layers.items()}
         config.block_pattern = {name: list(module.weight.shape) for name, module in blocks.items()}
         if not any(layer.merged for layer in layers.values()):
-            config.base_fingerprint = fingerprint({name: layer.weight_view() for name, layer in layers.items()})
+            config.base_fingerprint = fingerprint({name: layer.evidence() for name, layer in layers.items()})
+            config.base_quantization = quantization_of(model)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -246,7 +291,7 @@ class SMTModel(BaseTuner):
             # An adapter that was never trained does no harm on any base.
             if any(bool(remapped[f"{name}.weight"].any()) for name in blocks):
                 check_base(
-                    config, {layer.smt_name: layer.weight_view() for layer in _layers_of(model) if not layer.merged}
+                    config, {layer.smt_name: layer.evidence() for layer in _layers_of(model) if not layer.merged}
                 )
         except ValueError:
             tuner = getattr(model, "base_model", None)
@@ -267,13 +312,18 @@ class SMTModel(BaseTuner):
             if isinstance(module, SMTBlocks) and module.weight.requires_grad
         )
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return trainable - padding, sum(p.numel() for p in self.model.parameters()) - padding
+        return trainable - padding, sum(unpacked_numel(p) for p in self.model.parameters()) - padding
 
 
 def take_out(model: nn.Module, adapter_name: str, requires_grad: dict[str, bool]) -> None:
     """Undo the injection of an adapter: its layers, its wrappers, and the flags of the parameters that were there."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SMTLayer):
+    # Inner modules first: what is left of a wrapper shows only then.
+    for name, module in reversed(list(model.named_modules())):
+        if isinstance(module, ParamWrapper):
+            wrapped, left = module.base_layer, module.take_out(adapter_name)
+        elif isinstance(module, ParameterLayer):
+            continue
+        elif isinstance(module, SMTLayer):
             module.delete_adapter(adapter_name)
             wrapped, left = module.base_layer, module.smt_blocks
         elif isinstance(module, AuxiliaryTrainingWrapper):

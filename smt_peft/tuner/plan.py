@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
-from ..fingerprint import fingerprint, mismatch
+from ..fingerprint import Sample, Weight, fingerprint, mismatch
 from ..say import say
 from ..selection import select_without_data
 from ..targets import Target, find_targets
@@ -24,7 +24,7 @@ class Plan:
     """
 
     selection: BlockSelection
-    base_fingerprint: dict[str, list[float]]
+    base_fingerprint: dict[str, Sample]
 
     def block_pattern(self) -> dict[str, list[int]]:
         """`{module: [num_blocks, rows, cols]}`."""
@@ -35,6 +35,9 @@ class Plan:
 
     def entry(self, name: str) -> tuple[BlockGrid, int, Tensor]:
         """Grid, number of blocks and positions for a module."""
+        # The names of a compiled model carry a prefix, which PEFT takes off where it injects by a state dict.
+        compiled = f"_orig_mod.{name}"
+        name = compiled if compiled in self.selection.blocks else name
         if name not in self.selection.blocks:
             raise ValueError(
                 f"{name}: the state dict has blocks for this module, but the config does not target it; use the config "
@@ -53,7 +56,7 @@ def make_plan(model: nn.Module, config: SMTConfig) -> Plan:
     """
     targets = find_targets(model, config)
     # A merged adapter has changed the weights it sits on.
-    bases = {name: target.weight for name, target in targets.items() if not target.is_merged}
+    bases = {name: target.evidence for name, target in targets.items() if not target.is_merged}
     if config.selection is not None:
         selection = config.selection
         if isinstance(selection, str):
@@ -70,13 +73,22 @@ def make_plan(model: nn.Module, config: SMTConfig) -> Plan:
                 f"no selection given: blocks are drawn at random (seed {config.seed}); select_blocks(model, config, "
                 f"dataloader) would choose them by {config.score_name}"
             )
+    if not config.awaits_weights:
+        _tell_frozen([name for name in targets if name not in selection.blocks], len(targets))
     if config.awaits_weights and config.base_fingerprint:
         return Plan(selection, config.base_fingerprint)
     chosen = {name: weight for name, weight in bases.items() if name in selection.blocks}
     return Plan(selection, fingerprint(chosen))
 
 
-def check_selection(selection: BlockSelection, targets: dict[str, Target], bases: dict[str, Tensor]) -> None:
+def _tell_frozen(names: list[str], num_targets: int) -> None:
+    """A target that does not train must not go unsaid."""
+    if names:
+        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        say(f"{len(names)} of {num_targets} targeted modules hold no chosen block and stay frozen: {listed}")
+
+
+def check_selection(selection: BlockSelection, targets: dict[str, Target], bases: dict[str, Weight]) -> None:
     """Raise `ValueError`, naming the module, unless the selection was made for this model and these targets."""
     repair = "make a selection for this model with select_blocks"
     for name in selection.blocks:
@@ -100,7 +112,7 @@ def check_selection(selection: BlockSelection, targets: dict[str, Target], bases
     )
 
 
-def check_base(config: SMTConfig, bases: dict[str, Tensor]) -> None:
+def check_base(config: SMTConfig, bases: dict[str, Weight]) -> None:
     """Raise `ValueError`, naming a module, when a saved adapter meets base weights it was not trained on."""
     _check_fingerprint(
         config.base_fingerprint,
@@ -110,7 +122,7 @@ def check_base(config: SMTConfig, bases: dict[str, Tensor]) -> None:
     )
 
 
-def _check_fingerprint(expected: dict[str, list[float]] | None, bases: dict[str, Tensor], repair: str) -> None:
+def _check_fingerprint(expected: dict[str, Sample] | None, bases: dict[str, Weight], repair: str) -> None:
     differs = mismatch(expected, bases) if expected else None
     if differs:
         raise ValueError(f"{differs}: the base weights are not those expected; {repair}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import Finished, Workshop, save_tiny_model, smt, write_jsonl
+from helpers import save_tiny_model
+from runs import Finished, Workshop, smt, write_jsonl
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,4 @@
-"""A tiny random Llama with a byte-level tokenizer, data for it, and the command line in a process of its own."""
+"""Data for a tiny model, settings of a run over it, and the command line in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,33 +28,6 @@ class Workshop:
         path = self.directory / f"{name}.yaml"
         path.write_text(yaml.safe_dump(settings, sort_keys=False))
         return path
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>")
-
-
-def save_tiny_model(directory: Path) -> None:
-    torch.manual_seed(0)
-    # Dropout, so that a generator that is not restored shows in the losses.
-    config = LlamaConfig(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        attention_dropout=0.1,
-        eos_token_id=256,
-        pad_token_id=257,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
 
 
 def write_jsonl(path: Path, rows: list) -> Path:

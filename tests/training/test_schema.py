@@ -21,6 +21,10 @@ def test_our_own_keys_are_these():
     assert set(RunConfig.__dataclass_fields__) == {
         "model_name_or_path",
         "dtype",
+        "load_in_4bit",
+        "load_in_8bit",
+        "bnb_4bit_quant_type",
+        "bnb_4bit_use_double_quant",
         "dataset_path",
         "dataset_name",
         "dataset_train_split",
@@ -37,6 +41,7 @@ def test_our_own_keys_are_these():
         "smt." + name
         for name in (
             "target_modules",
+            "target_parameters",
             "exclude_modules",
             "block_size",
             "density",

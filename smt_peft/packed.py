@@ -1,0 +1,440 @@
+"""Packed weights: how the weight of a quantised linear layer is read as floats, written anew, kept and put back.
+
+Every library stores it in its own way; a `Format` knows one of them. The libraries are looked for among the loaded
+modules only: a layer of a library that nobody has imported cannot exist.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, HqqBackend, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .say import once
+
+# Where libraries keep a weight that has no `weight`, or one of integers: GPTQ and AWQ, HQQ, AQLM.
+_STORES = ("qweight", "W_q", "codes")
+# bitsandbytes repacks 4-bit weights for such CPUs in evaluation; see `keep_exact`.
+REPACKS = "support_avx512bf16_for_cpu"
+
+
+class Format:
+    """How one library packs a weight. This one cannot be read: the layer only has a forward of its own."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def why_not_read(self, layer: nn.Module) -> str | None:
+        """Why the weight's values cannot be had."""
+        return f"a weight packed by {self.name} cannot be dequantised here"
+
+    def why_not_written(self, layer: nn.Module) -> str | None:
+        """Why other values cannot be packed into the layer."""
+        return self.why_not_read(layer)
+
+    def why_not_exact(self, layer: nn.Module) -> str | None:
+        """Why the layer computes something else than a product with the weight that `read` gives."""
+        return self.why_not_read(layer)
+
+    def why_not_replaced(self, layer: nn.Module) -> str | None:
+        """Why a product with the weight that `read` gives must not stand in for the layer's own forward."""
+        own = getattr(self._library_class(), "forward", None)
+        return None if type(layer).forward is own else f"a {type(layer).__name__} has a forward of its own"
+
+    def _library_class(self) -> type | None:
+        """The class whose forward is known."""
+        return None
+
+    def read(self, layer: nn.Module) -> Tensor:
+        """The dequantised weight, `(out_features, in_features)`: a new contiguous float tensor, the caller's to write.
+
+        Of the dtype the library dequantises to: of a bitsandbytes 4-bit weight the one it had before, of an 8-bit
+        weight float32.
+
+        Raises:
+            ValueError: the weight cannot be read; `why_not_read` says why.
+        """
+        raise ValueError(self.why_not_read(layer))
+
+    def write(self, layer: nn.Module, weight_NK: Tensor) -> None:
+        """Quantise a weight as the layer's is, and put it in its place. What `keep` has given stays as it is."""
+        raise ValueError(self.why_not_written(layer))
+
+    def keep(self, layer: nn.Module) -> Any:
+        """The packed weight as it is stored, not copied, for `put_back`."""
+        raise ValueError(self.why_not_written(layer))
+
+    def put_back(self, layer: nn.Module, kept: Any) -> None:
+        """Store again what `keep` gave, bit for bit, on the layer's present device."""
+        raise ValueError(self.why_not_written(layer))
+
+    def half_step(self, layer: nn.Module, weight_NK: Tensor) -> Tensor:
+        """How far quantising may have moved each value of `weight_NK`, as read; broadcasts to its shape.
+
+        Without knowledge of the format: half the largest magnitude of the row, which holds down to 2 bits.
+        """
+        return weight_NK.float().abs().amax(1, keepdim=True) / 2
+
+    def compute_dtype(self, layer: nn.Module, x: Tensor) -> torch.dtype | None:
+        """The dtype that the layer casts its input to, before it casts its output back; None: it casts nothing."""
+        return None
+
+
+class Bitsandbytes4bit(Format):
+    """`bitsandbytes.nn.Linear4bit`: nf4 or fp4, one scale for a run of 64 weights, the scales possibly 8-bit again."""
+
+    def __init__(self):
+        super().__init__("bitsandbytes (4-bit)")
+
+    def _library_class(self):
+        return _loaded("bitsandbytes.nn", "Linear4bit")
+
+    def why_not_read(self, layer):
+        state, weight = _state_of(layer), layer.weight
+        if state is None:
+            return "the 4-bit weight is not quantised yet; move the model to its device first"
+        if _is_sharded(weight) or weight.numel() * weight.element_size() != -(-math.prod(state.shape) // 2):
+            return "the weight is sharded"
+        return None
+
+    def why_not_exact(self, layer):
+        return self.why_not_read(layer)
+
+    def read(self, layer):
+        from bitsandbytes.functional import dequantize_4bit
+
+        unpack_for_cpu(layer)
+        return dequantize_4bit(layer.weight.data, _state_of(layer))
+
+    def write(self, layer, weight_NK):
+        from bitsandbytes.nn import Params4bit
+
+        old, state = layer.weight, _state_of(layer)
+        layer.weight = Params4bit(
+            weight_NK.to(state.dtype),
+            requires_grad=False,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=old.dtype,
+            module=layer,
+        ).to(old.device)
+
+    def keep(self, layer):
+        unpack_for_cpu(layer)
+        return layer.weight, _state_of(layer)
+
+    def put_back(self, layer, kept):
+        device = layer.weight.device
+        weight, state = kept
+        if weight.device != device:
+            weight = weight.to(device)
+            state = weight.quant_state
+        layer.weight, layer.quant_state = weight, state
+        layer.weight.quant_state = state
+
+    def half_step(self, layer, weight_NK):
+        state = _state_of(layer)
+        if weight_NK.shape[1] % state.blocksize:
+            # bitsandbytes (0.50.2) on a CPU reads runs that go over the end of a row with the scales of others.
+            return 2 * weight_NK.float().abs().amax().view(1, 1)
+        flat = weight_NK.float().abs().reshape(-1)
+        runs = nn.functional.pad(flat, (0, -flat.numel() % state.blocksize)).view(-1, state.blocksize)
+        # The widest gap between two levels; and what rounding the scales, to 8 bits or to bf16, may add.
+        reach = state.code.float().sort().values.diff().max() / 2 + 2.0**-6
+        steps = (runs.amax(1, keepdim=True) * reach.to(flat.device)).expand_as(runs)
+        return steps.reshape(-1)[: flat.numel()].view(weight_NK.shape)
+
+    def compute_dtype(self, layer, x):
+        if not layer.compute_type_is_set:
+            # As the layer's own first forward does.
+            layer.set_compute_type(x)
+            layer.compute_type_is_set = True
+        return x.dtype if layer.compute_dtype is None else layer.compute_dtype
+
+
+class Bitsandbytes8bit(Format):
+    """`bitsandbytes.nn.Linear8bitLt`: int8 with one scale per output row, which moves from the weight to the state."""
+
+    def __init__(self):
+        super().__init__("bitsandbytes (8-bit)")
+
+    def _library_class(self):
+        return _loaded("bitsandbytes.nn", "Linear8bitLt")
+
+    def why_not_read(self, layer):
+        if layer.weight.dtype != torch.int8:
+            return f"the weight is {layer.weight.dtype}: not quantised yet, or kept in 16 bits by has_fp16_weights"
+        if _is_sharded(layer.weight) or layer.weight.shape != (layer.out_features, layer.in_features):
+            return "the weight is sharded"
+        return None
+
+    def why_not_exact(self, layer):
+        return self.why_not_read(layer)
+
+    def read(self, layer):
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        return int8_vectorwise_dequant(layer.weight.data, self._scales(layer))
+
+    def write(self, layer, weight_NK):
+        from bitsandbytes.nn import Int8Params
+
+        device = layer.weight.device
+        # It quantises on the way from the CPU.
+        layer.weight = Int8Params(weight_NK.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+        layer.state.reset_grads()
+
+    def keep(self, layer):
+        weight, state = layer.weight, layer.state
+        return weight, weight.CB, weight.SCB, state.CB, state.SCB
+
+    def put_back(self, layer, kept):
+        device = layer.weight.device
+        weight, *rest = kept
+        layer.weight = weight.to(device) if weight.device != device else weight
+        rest = [None if tensor is None else tensor.to(device) for tensor in rest]
+        layer.weight.CB, layer.weight.SCB, layer.state.CB, layer.state.SCB = rest
+
+    def half_step(self, layer, weight_NK):
+        return self._scales(layer).float()[:, None] / (2 * 127)
+
+    def _scales(self, layer: nn.Module) -> Tensor:
+        scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+        return scales.to(layer.weight.device)
+
+
+class Hqq(Format):
+    """`hqq.core.quantize.HQQLinear`: groups with a scale and a zero point; no `weight`, and no `nn.Linear`."""
+
+    def __init__(self):
+        super().__init__("HQQ")
+
+    def _library_class(self):
+        return _loaded("hqq.core.quantize", "HQQLinear")
+
+    def why_not_read(self, layer):
+        return None if getattr(layer, "ready", False) else "the layer is not quantised yet"
+
+    def why_not_exact(self, layer):
+        return self.why_not_read(layer)
+
+    def read(self, layer):
+        return HqqBackend().get_base_weight(layer).contiguous()
+
+    def write(self, layer, weight_NK):
+        holder = _Holder(layer)
+        HqqBackend().set_base_weight(holder, weight_NK)
+        # PEFT makes a new layer; taking its contents leaves hooks and references to the old one intact.
+        layer.W_q, layer.meta = holder.base_layer.W_q, holder.base_layer.meta
+
+    def keep(self, layer):
+        return layer.W_q, layer.meta
+
+    def put_back(self, layer, kept):
+        packed, meta = kept
+        if packed.device != layer.W_q.device:
+            raise ValueError("an HQQ layer cannot be unmerged on another device than it was merged on; move it back")
+        layer.W_q, layer.meta = packed, meta
+
+
+class Torchao(Format):
+    """A weight that is a tensor subclass of torchao inside an `nn.Linear`.
+
+    Args:
+        get_config: gives the torchao config it was quantised with; without it the weight can be read, not written.
+    """
+
+    def __init__(self, get_config: Callable[[], Any] | None = None):
+        super().__init__("torchao")
+        self.get_config = get_config
+
+    def _library_class(self):
+        return nn.Linear
+
+    def why_not_read(self, layer):
+        return None if hasattr(layer.weight, "dequantize") else f"a {type(layer.weight).__name__} has no dequantize()"
+
+    def why_not_written(self, layer):
+        if self.get_config is None:
+            return (
+                "how torchao quantised it is not known; load the model through transformers with a TorchAoConfig, "
+                "which records that"
+            )
+        return self.why_not_read(layer)
+
+    def why_not_exact(self, layer):
+        if reason := self.why_not_read(layer):
+            return reason
+        weight = layer.weight
+        quantised = any(getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
+        if quantised or type(weight).__name__ == "LinearActivationQuantizedTensor":
+            return "the base layer quantises its activations too"
+        return None
+
+    def read(self, layer):
+        return layer.weight.dequantize().contiguous()
+
+    def write(self, layer, weight_NK):
+        from torchao.quantization import quantize_
+
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.in_features, linear.out_features = layer.in_features, layer.out_features
+        linear.weight = nn.Parameter(weight_NK.to(layer.weight.dtype), requires_grad=False)
+        quantize_(linear, self.get_config())
+        layer.weight = linear.weight.requires_grad_(False)
+
+    def keep(self, layer):
+        return layer.weight
+
+    def put_back(self, layer, kept):
+        device = layer.weight.device
+        layer.weight = kept if kept.device == device else nn.Parameter(kept.to(device), requires_grad=False)
+
+
+class _Holder:
+    """What PEFT's backends write to: something with a base layer that they may replace."""
+
+    def __init__(self, layer: nn.Module):
+        self.base_layer = layer
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+
+def format_of(layer: nn.Module, get_config: Callable[[], Any] | None = None) -> Format | None:
+    """How the weight of a linear layer is packed; None for a plain layer, and for what is no linear layer.
+
+    Args:
+        get_config: see `Torchao`.
+    """
+    if type(layer) is Conv1D or isinstance(layer, BaseTunerLayer):
+        return None
+    if _is_a(layer, "bitsandbytes.nn", "Linear4bit"):
+        return Bitsandbytes4bit()
+    if _is_a(layer, "bitsandbytes.nn", "Linear8bitLt"):
+        return Bitsandbytes8bit()
+    if _is_a(layer, "hqq.core.quantize", "HQQLinear"):
+        return Hqq()
+    if _is_a(getattr(layer, "weight", None), "torchao.utils", "TorchAOBaseTensor"):
+        return Torchao(get_config) if _has_sides(layer) else None
+    if isinstance(layer, nn.Linear) or not _has_sides(layer):
+        return None
+    backend = resolve_quantization_backend(layer)
+    if isinstance(backend, ForwardOnlyQuantizationBackend):
+        return Format(backend.backend_name)
+    # Kernels that PEFT does not know, or whose library it does not find, have one thing in common.
+    if any(_is_integer(getattr(layer, name, None)) for name in ("weight", *_STORES)):
+        return Format(type(layer).__name__)
+    return None
+
+
+def is_packed(layer: nn.Module) -> bool:
+    return format_of(layer) is not None
+
+
+def stored(layer: nn.Module) -> Tensor:
+    """The tensor that stands for the weight as it is stored, packed or not; its device is the layer's."""
+    for name in ("weight", *_STORES):
+        if isinstance(tensor := getattr(layer, name, None), Tensor):
+            return tensor
+    return next(tensor for tensor in (*layer.parameters(), *layer.buffers()))
+
+
+def unpacked_numel(parameter: Tensor) -> int:
+    """How many weights a parameter stands for: of a 4-bit one more than it has elements."""
+    if not _is_a(parameter, "bitsandbytes.nn", "Params4bit") or parameter.quant_state is None:
+        return parameter.numel()
+    return math.prod(parameter.quant_state.shape)
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any] | None:
+    """How Transformers quantised a model, in JSON values; None: not at all.
+
+    Returns:
+        The `quantization_config` of its config, and under `dtype` the dtype the model was loaded in, which decides
+        what was quantised.
+    """
+    config = getattr(model, "config", None)
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    settings = json.loads(json.dumps(found if isinstance(found, dict) else found.to_dict(), default=str))
+    dtype = getattr(config, "dtype", None)
+    return settings if dtype is None else {**settings, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def keep_exact(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in evaluation, and undo where it has done so.
+
+    On a CPU with AVX512-BF16 its layers (0.50.2) rewrite themselves at the first call in evaluation: scales rounded to
+    bf16, 8-bit scales made anew on the way back, and no gradient for the input from then on, also in training. Adapters
+    belong to weights that stay.
+    """
+    for module in model.modules():
+        if getattr(module, REPACKS, False):
+            unpack_for_cpu(module)
+            setattr(module, REPACKS, False)
+
+
+def let_repack(model: nn.Module) -> None:
+    """Undo `keep_exact`, as once the adapters are gone: the layers may go by bitsandbytes' fastest road again."""
+    for module in model.modules():
+        if hasattr(module, REPACKS):
+            from bitsandbytes.functional import has_avx512bf16
+
+            setattr(module, REPACKS, has_avx512bf16())
+
+
+def unpack_for_cpu(layer: nn.Module) -> None:
+    """Bring a 4-bit weight that bitsandbytes has repacked for the CPU into the order that everything else reads."""
+    state = _state_of(layer)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    once(
+        "bitsandbytes repacked 4-bit weights for evaluation on this CPU before they got here, which rounded their "
+        "scales to bf16; load the model anew to have them as they were"
+    )
+    layer.weight.data, state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, state)
+    if not state.nested:
+        # Those it leaves transposed.
+        state.absmax = state.absmax.t().reshape(-1).float()
+    layer.weight.quant_state = layer.quant_state = state
+
+
+def _state_of(layer: nn.Module) -> Any:
+    """The quantisation state of a `Linear4bit`; FSDP makes the weight anew and leaves it on the layer alone."""
+    state = getattr(layer.weight, "quant_state", None)
+    return getattr(layer, "quant_state", None) if state is None else state
+
+
+def _loaded(module: str, name: str) -> type | None:
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _is_a(thing: Any, module: str, name: str) -> bool:
+    cls = _loaded(module, name)
+    return cls is not None and isinstance(thing, cls)
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    """Whether ZeRO-3 or a DTensor holds only a part of it here."""
+    return hasattr(weight, "ds_id") or hasattr(weight, "placements")
+
+
+def _has_sides(layer: nn.Module) -> bool:
+    return all(type(getattr(layer, name, None)) is int for name in ("in_features", "out_features"))
+
+
+def _is_integer(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and not tensor.is_floating_point() and not tensor.is_complex()

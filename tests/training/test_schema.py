@@ -45,6 +45,7 @@ def test_our_own_keys_are_these():
             "exclude_modules",
             "block_size",
             "density",
+            "density_pattern",
             "num_blocks",
             "score",
             "budget",

@@ -206,7 +206,7 @@ class SMTModel(BaseTuner):
         records: dict[int, list] = {}
         for layer in _layers_of(self.model):
             layer.check_merge(adapter_names, safe_merge)
-            record = records.setdefault(id(layer.get_base_layer().weight), layer._merges)
+            record = records.setdefault(id(layer.stored_weight()), layer._merges)
             if layer._merges is not record:
                 record.extend(layer._merges)
                 layer._merges = record

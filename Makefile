@@ -1,5 +1,5 @@
-# make demo | test | peft-suite | style | check | bench | clean: each sets up what it needs in .venv first. make gpu: on a
-# GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in an environment of its own.
+# make demo | test | engines | peft-suite | style | check | bench | clean: each sets up what it needs in .venv first.
+# make gpu: on a GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in a place of its own.
 PYTHON ?= python3
 VENV := $(if $(PEFT),build/peft-$(PEFT),.venv)
 BIN := $(VENV)/bin
@@ -16,7 +16,9 @@ export OMP_WAIT_POLICY := PASSIVE
 # machine, with these 0.80 s (two cores, 2026-11). Other C libraries than glibc from 2.35 on ignore it.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
-.PHONY: setup demo test peft-suite style check bench gpu clean
+ENGINES := build/engines
+
+.PHONY: setup demo test engines peft-suite style check bench gpu clean
 
 setup: $(KERNELS)
 
@@ -37,7 +39,18 @@ demo: $(KERNELS)
 	$(BIN)/smt train configs/quickstart.yaml
 
 test: $(KERNELS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/engines
+
+# Two processes each: DDP, FSDP and DeepSpeed ZeRO on the CPU.
+engines: $(KERNELS) $(ENGINES)
+	PYTHONPATH=$(abspath $(ENGINES)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engines
+
+# Apart from the other packages: where DeepSpeed can be imported, every import of Transformers imports it, for seconds.
+# Without its dependencies but those named: PyTorch, which it asks for, is there.
+$(ENGINES): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(ENGINES) \
+		"deepspeed==0.19.8" hjson msgpack py-cpuinfo einops psutil
+	touch $(ENGINES)
 
 $(PEFT_SUITE): $(READY)
 	SMT_EXT=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peft-suite]" $(if $(PEFT),peft==$(PEFT))

@@ -94,7 +94,10 @@ class SMTConfig(PeftConfig):
         modules_to_save: modules trained in full and saved with the adapter.
         layers_to_transform: indices of the layers to tune.
         layers_pattern: name of the layer list, for `layers_to_transform`.
-        target_parameters: not supported yet: a value is refused rather than left untrained.
+        target_parameters: names, or ends of names, of parameters that no linear layer owns, as the experts of a
+            mixture: `["experts.gate_up_proj", "experts.down_proj"]`. A 3-D parameter is one matrix per expert, and rows
+            and columns of its blocks are those of the matrix as stored. With `target_modules=None` or `[]`, nothing
+            else is tuned.
         trainable_token_indices: rows of the token embedding trained besides the blocks, as in PEFT.
         seed: seed of `random` and of tie-breaks.
         base_fingerprint: a few weights of the base the blocks belong to, checked when an adapter is loaded; see
@@ -214,7 +217,7 @@ class SMTConfig(PeftConfig):
         """Whether the score looks at gradients or activations."""
         return self.score not in DATA_FREE_SCORES
 
-    def own_density(self, name: str) -> str | None:
+    def density_key(self, name: str) -> str | None:
         """The key of `density_pattern` that the module matches, or None."""
         pattern = get_pattern_key(self.density_pattern or {}, name)
         return pattern if pattern in (self.density_pattern or {}) else None
@@ -224,7 +227,7 @@ class SMTConfig(PeftConfig):
         if self.block_size != "auto":
             size = self.block_size if isinstance(self.block_size, int) else tuple(self.block_size)
             return BlockGrid.fit(shape, size)
-        own = self.own_density(name)
+        own = self.density_key(name)
         density = self.density if own is None else self.density_pattern[own]
         side = max(MIN_AUTO_SIDE, min(MAX_AUTO_SIDE, density * min(shape)))
         return BlockGrid.fit(shape, 2 ** math.floor(math.log2(side)))
@@ -252,11 +255,11 @@ class SMTConfig(PeftConfig):
             raise ValueError(f"layers_to_transform must be an int or a list of ints, got {layers!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        if self.target_parameters:
-            raise ValueError(
-                "target_parameters is not supported yet, so these parameters would silently stay frozen: "
-                f"{self.target_parameters}. Name linear layers in target_modules instead"
-            )
+        names = self.target_parameters
+        if isinstance(names, str) or not all(isinstance(name, str) and name for name in names or ()):
+            raise ValueError(f"target_parameters must be a list of parameter names or None, got {names!r}")
+        if names is not None:
+            self.target_parameters = sorted(set(names))
 
     def _check_amount(self) -> None:
         if self.density is None and self.num_blocks is None:

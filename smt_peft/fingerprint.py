@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from .sharded import why_absent
+
 MAX_MODULES = 32
 VALUES_PER_MODULE = 8
 # bf16 keeps 8 significant bits: one rounding moves a value by at most 2**-9 of it; both sides may have been rounded.
@@ -31,7 +33,7 @@ def fingerprint(weights: Mapping[str, Weight]) -> dict[str, Sample]:
     """Sample weights.
 
     Args:
-        weights: per module its weight. Weights on the meta device, sharded to nothing, or packed without a way to
+        weights: per module its weight. Weights on the meta device, sharded over processes, or packed without a way to
             dequantise them are passed over.
 
     Returns:
@@ -67,7 +69,7 @@ def mismatch(expected: Mapping[str, Sample], weights: Mapping[str, Weight]) -> s
 def _is_readable(weight: Weight) -> bool:
     if not isinstance(weight, Tensor):
         return True
-    return weight.is_floating_point() and not weight.is_meta and weight.numel() > 0
+    return weight.is_floating_point() and weight.numel() > 0 and why_absent(weight) is None
 
 
 def _sample(weight: Weight) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .ops import block_adamw_
 from .ops.adamw import PARAM_DTYPES, QUANT_BLOCK, check_hyper_parameters, fmix32
+from .sharded import is_dtensor
 
 STATE_DTYPES = ("float32", "bfloat16", "8bit")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -232,6 +233,11 @@ def _hyper_parameters(group: dict[str, Any]) -> dict[str, float]:
 
 
 def _check_param(param: Tensor, where: str) -> None:
+    if is_dtensor(param):
+        raise ValueError(
+            f"{where} is sharded over processes (a DTensor, as under FSDP2), which SMTAdamW does not update; use "
+            "torch.optim.AdamW"
+        )
     if param.dtype not in PARAM_DTYPES:
         raise ValueError(
             f"{where} is {param.dtype}; SMTAdamW trains float32, bfloat16 and float64 tensors (for mixed precision in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 logger = logging.getLogger("smt_peft")
@@ -12,8 +13,12 @@ _said: set[str] = set()
 def say(message: str) -> None:
     """Log one line at level INFO; on stderr where the application has configured no logging.
 
+    Of several processes the first alone speaks; `torchrun` and its kin number them in `RANK`.
+
     `logging.getLogger("smt_peft").setLevel(logging.WARNING)` silences it.
     """
+    if os.environ.get("RANK", "0") != "0":
+        return
     if logger.hasHandlers():
         logger.info(message)
     elif logger.level <= logging.INFO:

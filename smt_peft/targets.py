@@ -20,10 +20,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .blocks import BlockGrid
 from .config import SMTConfig
 from .fingerprint import Weight
 from .packed import format_of, is_packed, stored
 from .say import once
+from .sharded import is_dtensor
+from .targets_parameters import ParameterTarget, check_unreached, find_parameters, stacked_names
 
 # What PEFT puts around a module; the module is named by its outer name, whatever lies inside.
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -46,18 +49,36 @@ class Target:
     is_merged: bool = False
 
     @property
+    def stored(self) -> Tensor:
+        """The weight as the layer stores it."""
+        return stored(self.module)
+
+    @property
     def weight(self) -> Tensor:
         """The weight as an `(out_features, in_features)` view; a packed one as it is stored."""
-        weight = stored(self.module)
+        weight = self.stored
         return weight.t() if self.transposed else weight
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(out_features, in_features)`, as the layer states them: a packed weight may have another shape."""
         module = self.module
-        if isinstance(module, nn.Embedding):
+        if self.is_table:
             return module.num_embeddings, module.embedding_dim
         return (module.nf, module.nx) if self.transposed else (module.out_features, module.in_features)
+
+    def grid(self, config: SMTConfig) -> BlockGrid:
+        """The tiling of the weight under the config's `block_size`."""
+        return config.grid(self.shape, self.name)
+
+    def matrices(self) -> list[Target]:
+        """The matrices among which blocks are chosen; see `ParameterTarget.matrices`."""
+        return [self]
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the weight is looked up by row, not multiplied."""
+        return isinstance(self.module, nn.Embedding)
 
     @property
     def has_plain_weight(self) -> bool:
@@ -79,7 +100,9 @@ class Target:
             ValueError: a quantised weight cannot be dequantised.
         """
         packed = format_of(self.module)
-        return self.weight if packed is None else packed.read(self.module)
+        if packed is not None:
+            return packed.read(self.module)
+        return self.weight.full_tensor() if is_dtensor(self.weight) else self.weight
 
     @property
     def evidence(self) -> Weight:
@@ -104,8 +127,10 @@ def evidence_of(module: nn.Module, weight: Tensor) -> Weight:
     return dequantised
 
 
-def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = False) -> dict[str, Target]:
-    """The modules of `model` that `config` names, in the model's order.
+def find_targets(
+    model: nn.Module, config: SMTConfig, over_adapters: bool = False
+) -> dict[str, Target | ParameterTarget]:
+    """The modules of `model` that `config` names, in the model's order, then the parameters it names.
 
     `target_modules`, `exclude_modules`, `modules_to_save`, `layers_to_transform` and `layers_pattern` mean what they
     mean in PEFT; it is PEFT's own matcher that decides. `all-linear` leaves out the output head, also of a model
@@ -118,8 +143,9 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
 
     Raises:
         NoMatchingPeftModuleError: nothing matches; a `ValueError`, as the other.
-        ValueError: a match is no `nn.Linear`, `Conv1D` or `nn.Embedding`, is never called, is trained in full or by
-            token rows, or carries an adapter of another method.
+        ValueError: a match is no `nn.Linear`, `Conv1D`, `nn.Embedding` or quantised linear layer, is never called, is
+            trained in full or by token rows, or carries an adapter of another method; or a name matches a bare
+            parameter only.
     """
     everything = _is_all_linear(config)
     resolved = _resolved(model, config)
@@ -147,10 +173,12 @@ def find_targets(model: nn.Module, config: SMTConfig, over_adapters: bool = Fals
             f"{uncalled[0]} is left out{f', and {len(uncalled) - 1} more like it' * (len(uncalled) > 1)}: "
             "nn.MultiheadAttention takes its weight without calling it, so blocks of it would not train"
         )
-    if not targets:
+    check_unreached(model, config, targets)
+    parameters = find_parameters(model, config, targets) if config.target_parameters else {}
+    if not targets and (config.target_modules or not parameters):
         raise NoMatchingPeftModuleError(_nothing_matched(model, config))
     _check_token_rows(model, config, targets)
-    return targets
+    return targets | parameters
 
 
 def _check_token_rows(model: nn.Module, config: SMTConfig, targets: dict[str, Target]) -> None:
@@ -180,7 +208,7 @@ def _is_all_linear(config: SMTConfig) -> bool:
 def _resolved(model: nn.Module, config: SMTConfig) -> SMTConfig:
     """A copy whose `target_modules` are names or a regex; PEFT resolves in place, and the caller's stays as it was."""
     resolved = config.copy()
-    if resolved.target_modules is None:
+    if resolved.target_modules is None and not resolved.target_parameters:
         model_type = BaseTuner.get_model_config(model).get("model_type")
         if model_type not in DEFAULT_TARGETS:
             raise ValueError("Please specify `target_modules` in `peft_config`")
@@ -269,4 +297,7 @@ def _nothing_matched(model: nn.Module, config: SMTConfig) -> str:
         message += f"Note: You specified 'layers_to_transform': {config.layers_to_transform}. "
     if config.layers_pattern:
         message += f"You also specified 'layers_pattern': {config.layers_pattern}. "
-    return message + f"Please check target_modules; the model's linear layers are named {sorted(names)}."
+    message += f"Please check target_modules; the model's linear layers are named {sorted(names)}."
+    if bare := stacked_names(model):
+        message += f" Its experts are no modules: target_parameters names them, {bare}."
+    return message

@@ -41,7 +41,7 @@ REFUSED = {
     "target regex": ({"target_modules": "("}, "target_modules .* no valid regular expression"),
     "layers_pattern alone": ({"target_modules": ["up"], "layers_pattern": "layers"}, "layers_to_transform"),
     "layers with regex": ({"target_modules": "up", "layers_to_transform": [0]}, "cannot be used"),
-    "target_parameters": ({"target_parameters": ["experts"]}, "silently stay frozen"),
+    "target_parameters": ({"target_parameters": "experts"}, "target_parameters must be a list"),
     "selection type": ({"selection": 3}, "selection must be a BlockSelection"),
     "seed": ({"seed": 0.5}, "seed must be an int"),
 }

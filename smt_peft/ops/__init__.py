@@ -9,6 +9,7 @@ swap_linear     Y = X round(W + delta)^T + bias, the blocks in the weight for on
 swap_matmul     dX = dY round(W + delta)
 block_adamw_    AdamW on all blocks of a model
 block_linear    Y = X (W + delta)^T + bias, with the gradients of X and delta
+grouped_linear  the same for rows sorted by expert, one matrix per expert, in one GEMM call
 block_add       Y = base output + X delta^T, for a base layer that is opaque
 block_rows_add  rows of W + delta from those of W, for an embedding table
 block_overlay   Y = X round(W + delta)^T + bias, where W is packed and dequantised for each pass
@@ -18,6 +19,7 @@ block_overlay   Y = X round(W + delta)^T + bias, where W is packed and dequantis
 
 from . import library
 from .dispatch import explain, served, use_backend
+from .grouped import Run, grouped_linear
 from .linear import block_add, block_add_traceable, block_linear
 from .operations import (
     block_adamw_,
@@ -37,6 +39,7 @@ from .swap import heal
 
 __all__ = [
     "LookUps",
+    "Run",
     "add_rounded",
     "block_adamw_",
     "block_add",
@@ -54,6 +57,7 @@ __all__ = [
     "dense",
     "dense_grad",
     "explain",
+    "grouped_linear",
     "heal",
     "library",
     "served",

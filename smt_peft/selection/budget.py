@@ -200,18 +200,20 @@ def _groups(names: list[str], budget: str) -> dict[str, list[str]]:
     if budget == "global":
         return {"the whole model": names}
     groups: dict[str, list[str]] = {}
-    for name in names:
+    for matrix in names:
+        # The experts in one parameter share its budget.
+        name = matrix.partition("[")[0]
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         in_layer = budget == "per_layer" and number is not None
         label = f"layer {'.'.join(parts[: number + 1])}" if in_layer else f"module {name}"
-        groups.setdefault(label, []).append(name)
+        groups.setdefault(label, []).append(matrix)
     return groups
 
 
 def _pattern_scopes(grids: Mapping[str, BlockGrid], config: SMTConfig) -> dict[str, Scope]:
     """One scope for each module with a density of its own."""
-    owners = {name: pattern for name in grids if (pattern := config.own_density(name)) is not None}
+    owners = {name: pattern for name in grids if (pattern := config.density_key(name)) is not None}
     for pattern in config.density_pattern or ():
         if pattern not in owners.values():
             raise ValueError(

@@ -9,8 +9,10 @@ import torch
 from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
 from ..say import once
+from ..sharded import is_offloaded, present
 from ..targets import Target
 from .budget import PATTERNS, choose_blocks, choose_pattern, module_seed
+from .experts import joined, matrices
 from .scores import checked, diagonal_scores, low_rank_magnitude, magnitude, random_scores
 from .spread import diagonal_order
 
@@ -36,9 +38,10 @@ def select_without_data(
     Raises:
         ValueError: as `choose_blocks`, or a score by weights meets a packed weight.
     """
-    grids = {name: (grids or {}).get(name) or config.grid(target.shape, name) for name, target in targets.items()}
+    everything, targets = targets, matrices(targets) if counts is None else targets
+    grids = {name: (grids or {}).get(name) or target.grid(config) for name, target in targets.items()}
     score = "random" if config.needs_data else config.score
-    if score not in PATTERNS and any(target.weight.is_meta for target in targets.values()):
+    if score not in PATTERNS and any(_is_gone(target) for target in targets.values()):
         once(f"score={score!r} needs weights, but the model is on the meta device; blocks are chosen at random")
         score = "random"
     scores = {}
@@ -50,7 +53,7 @@ def select_without_data(
         scores = {name: _scores(score, targets[name], grid, config) for name, grid in grids.items() if name in wanted}
         blocks = choose_blocks(scores, grids, config, counts)
     keep = scores if keep_scores and score not in PATTERNS else {}
-    return BlockSelection(blocks, grids, keep, provenance(score, config, targets))
+    return joined(BlockSelection(blocks, grids, keep, provenance(score, config, everything)), everything)
 
 
 def _scores(score: str, target: Target, grid: BlockGrid, config: SMTConfig) -> torch.Tensor:
@@ -59,10 +62,16 @@ def _scores(score: str, target: Target, grid: BlockGrid, config: SMTConfig) -> t
         return random_scores(grid, seed)
     if score == "diagonal":
         return diagonal_scores(grid, torch.from_numpy(diagonal_order(grid, grid.num_blocks)))
-    check_readable(target, score)
-    if score == "magnitude":
-        return checked(target.name, magnitude(target.read(), grid))
-    return checked(target.name, low_rank_magnitude(target.read(), grid, seed))
+    with present(target.module):
+        check_readable(target, score)
+        if score == "magnitude":
+            return checked(target.name, magnitude(target.read(), grid))
+        return checked(target.name, low_rank_magnitude(target.read(), grid, seed))
+
+
+def _is_gone(target: Target) -> bool:
+    """Whether the weight is on the meta device for good, not only between calls."""
+    return target.weight.is_meta and not is_offloaded(target.module)
 
 
 def check_readable(target: Target, score: str) -> None:
@@ -79,6 +88,7 @@ def check_readable(target: Target, score: str) -> None:
 def provenance(score: str, config: SMTConfig, targets: Mapping[str, Target]) -> dict:
     """How a selection came about, in JSON values."""
     modules = config.target_modules
+    found = [name for name, target in targets.items() if isinstance(target, Target)]
     return {
         "score": score,
         "block_size": config.block_size,
@@ -90,6 +100,7 @@ def provenance(score: str, config: SMTConfig, targets: Mapping[str, Target]) -> 
         "max_column_share": config.max_column_share,
         "max_lora_rank": config.max_lora_rank,
         "seed": config.seed,
-        "target_modules": modules if isinstance(modules, str) else sorted(targets if modules is None else modules),
+        "target_modules": modules if isinstance(modules, str) else sorted(found if modules is None else modules),
+        "target_parameters": config.target_parameters,
         "num_targets": len(targets),
     }

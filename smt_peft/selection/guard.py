@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..packed import REPACKS, unpack_for_cpu
+from ..sharded import is_dtensor
 
 _MISSING = object()
 
@@ -23,14 +24,30 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or _is_deepspeed(model):
         model = model.module
     return model
 
 
+def _is_deepspeed(model: nn.Module) -> bool:
+    return any(cls.__name__ == "DeepSpeedEngine" for cls in type(model).__mro__)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Put back the parts that FSDP2 has replaced by whole weights: it is they whose flags are to be restored."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def _called(model: nn.Module, base: nn.Module) -> nn.Module:
+    """What to call for a pass through `base`: FSDP2 gathers the outermost weights when its root is called."""
+    return model if any(is_dtensor(parameter) for parameter in base.parameters()) else base
+
+
 @contextmanager
 def borrowed(model: nn.Module, seed: int, checkpointing: bool) -> Iterator[nn.Module]:
-    """The base model, with every parameter frozen, in evaluation mode and with seeded random generators.
+    """The base model to call, with every parameter frozen, in evaluation mode and with seeded random generators.
 
     Adapters are off and no key-value cache is kept. Modules for which gradient checkpointing is switched on stay in
     training mode, which is where Transformers checkpoints, when `checkpointing` is asked for. They use the
@@ -66,7 +83,8 @@ def borrowed(model: nn.Module, seed: int, checkpointing: bool) -> Iterator[nn.Mo
             config = getattr(module, "config", None)
             if getattr(config, "use_cache", None) is True:
                 _set(stack, config, "use_cache", False)
-        yield base
+        stack.callback(_reshard, model)
+        yield _called(model, base)
 
 
 @contextmanager

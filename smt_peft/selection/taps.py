@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..targets import Target
-from .embedding import look_ups_tapped
+from ..targets_parameters import ParameterTarget
+from .experts import parameters_tapped
 from .scores import ActivationScore, GradientScore
+from .tables import look_ups_tapped
 
 
 class _Tap(torch.autograd.Function):
@@ -56,12 +58,15 @@ class GradientTaps:
         with ExitStack() as stack:
             stack.callback(self._pairs.clear)
             for name, target in self.targets.items():
-                if isinstance(target.module, nn.Embedding):
+                if isinstance(target, ParameterTarget):
+                    continue
+                if target.is_table:
                     stack.enter_context(look_ups_tapped(target.module, self._look_up(name)))
                     continue
                 # Before other hooks: dY belongs to what the linear itself returned.
                 hook = target.module.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
                 stack.callback(hook.remove)
+            stack.enter_context(parameters_tapped(self.targets, self._tapped))
             yield self
 
     def backward(self, loss: Tensor) -> None:
@@ -79,20 +84,23 @@ class GradientTaps:
 
     def _hook(self, name: str) -> Callable:
         def hook(module, args, kwargs, output):
-            return self._tapped(name, output, _input(args, kwargs))
+            return self._tapped(name, _input(args, kwargs), output)
 
         return hook
 
     def _look_up(self, name: str) -> Callable:
-        return lambda rows, ids: self._tapped(name, rows, ids)
+        return lambda rows, ids: self._tapped(name, ids, rows)
 
-    def _tapped(self, name: str, output: Tensor, x: Tensor) -> Tensor:
+    def _tapped(self, name: str, x: Tensor, output: Tensor, flipped: bool = False) -> Tensor:
+        """The output of `x W^T`, or of `x W` when `flipped`: there x^T dY is the gradient."""
         # A use is counted in the forward pass proper; checkpointing calls the module again during backward.
         if not self._in_backward:
             self._uses[name] += 1
         if not torch.is_grad_enabled():
             return output
-        return _Tap.apply(output, x, self._anchor, lambda x, dy: self._receive(name, x, dy))
+        return _Tap.apply(
+            output, x, self._anchor, lambda x, dy: self._receive(name, *((dy, x) if flipped else (x, dy)))
+        )
 
     def _receive(self, name: str, x: Tensor, grad_output: Tensor) -> None:
         self._pairs[name].append((x, grad_output))
@@ -117,9 +125,11 @@ class ActivationTaps:
         handles = [
             target.module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
             for name, target in self.targets.items()
+            if isinstance(target, Target)
         ]
         try:
-            yield self
+            with parameters_tapped(self.targets, self._tapped):
+                yield self
         finally:
             for handle in handles:
                 handle.remove()
@@ -134,6 +144,11 @@ class ActivationTaps:
             self.scores[name].see(_input(args, kwargs))
 
         return hook
+
+    def _tapped(self, name: str, x: Tensor, output: Tensor, flipped: bool) -> Tensor:
+        self.reached.add(name)
+        self.scores[name].see(x, flipped)
+        return output
 
 
 def _input(args: tuple, kwargs: dict) -> Tensor:

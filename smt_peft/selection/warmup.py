@@ -18,16 +18,20 @@ from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
 from ..fingerprint import fingerprint
 from ..say import say
+from ..sharded import execution_device, is_offloaded, is_sharded, plain_name, why_absent
 from ..targets import Target, find_targets
 from .budget import choose_blocks
 from .datafree import check_readable, provenance, select_without_data
-from .embedding import TableScore
+from .experts import MatrixActivation, joined, matrices, tappable_experts
 from .guard import base_of, borrowed
 from .scores import ActivationScore, GradientScore
+from .tables import TableScore
 from .taps import ActivationTaps, GradientTaps
 
 Taps = GradientTaps | ActivationTaps
 LossFunction = Callable[[nn.Module, Any], Tensor]
+_NONE_LEFT = object()
+_FAILED_ELSEWHERE = "the warm-up pass failed in another process, so no blocks were chosen; see its message"
 _DATALOADER = "pass an iterable of batches, such as a torch.utils.data.DataLoader"
 
 
@@ -49,11 +53,11 @@ def select_blocks(
     and the config are left as they were, also when something raises. At any time one module's dense weight gradient
     exists at most. It may be called under `torch.no_grad()` and `torch.inference_mode()`. With `torch.distributed`
     initialised, scores are summed over the processes first, so that every one holds the same selection; give each its
-    own part of the data.
+    own part of the data. Of a model that is sharded already, all must call this.
 
     Args:
         model: any model whose targets are `nn.Linear`, `Conv1D` or quantised linear layers; of a `PeftModel`, the
-            base is scored, adapters off.
+            base is scored, adapters off. It may be wrapped by DDP, sharded by FSDP2, or a DeepSpeed engine.
         config: says which modules, which score and how much.
         dataloader: batches. A mapping is called as `model(**batch)`, a tuple or list as `model(*batch)`; the loss is
             the output itself when it is a scalar, else its `loss`. Not needed for a score without data.
@@ -65,24 +69,32 @@ def select_blocks(
 
     Raises:
         TypeError: the dataloader is not iterable, or a batch is of an unknown kind.
-        ValueError: no batch, a loss that is no finite scalar or does not depend on the targets, scores that are not
-            finite, a budget that cannot be met, a score by weights of packed weights, or weights that are on the meta
-            device or inference tensors.
+        ValueError: a model inside FSDP1, no batch, a loss that is no finite scalar or does not depend on the targets,
+            scores that are not finite, a budget that cannot be met, a score by weights of packed weights, or weights
+            that are on the meta device or inference tensors.
         RuntimeError: the model refuses a batch; the message names it.
     """
     if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
         raise ValueError(f"num_batches must be a positive int, got {num_batches!r}")
+    if any(plain_name(name) != name for name, _ in model.named_modules()):
+        raise ValueError(
+            "the model is wrapped in FullyShardedDataParallel, which hides its layers; select before it is wrapped, or "
+            "shard with FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
     base = base_of(model)
     targets = find_targets(base, config, over_adapters=True)
     if config.needs_data:
         _check_loader(dataloader, config)
         _check_weights(base, targets)
-        grids = {name: config.grid(target.shape, name) for name, target in targets.items()}
-        taps = _make_taps(targets, grids, config, accumulator_device)
+        # An expert's matrix is scored, and its blocks are spread, as a module's would be.
+        tapped = matrices(targets)
+        grids = {name: target.grid(config) for name, target in tapped.items()}
+        taps = _make_taps(tapped, grids, config, accumulator_device)
         seen = _warm_up(model, config, taps, dataloader, num_batches, loss_fn, progress)
         scores = _finish(taps, seen)
         record = provenance(config.score_name, config, targets) | seen.record()
         selection = BlockSelection(choose_blocks(scores, grids, config), grids, scores if keep_scores else {}, record)
+        selection = joined(selection, targets)
     else:
         selection = select_without_data(targets, config, keep_scores=keep_scores)
     selection.provenance["base_fingerprint"] = fingerprint({name: t.evidence for name, t in targets.items()})
@@ -101,10 +113,12 @@ def _warm_up(
 ) -> _Seen:
     """Run the batches through the borrowed model; an error in one process is raised in all."""
     seen, failure = _Seen(), None
+    in_step = _processes() > 1 and is_sharded(model)
     try:
         # The loader is opened inside, so that its shuffling follows the seed and spares the caller's random state.
         with (
             borrowed(model, config.seed, checkpointing=isinstance(taps, GradientTaps)) as base,
+            tappable_experts(taps.targets),
             taps.installed(),
             tqdm(
                 islice(dataloader, num_batches),
@@ -114,16 +128,19 @@ def _warm_up(
                 disable=not progress,
             ) as batches,
         ):
-            _run(base, batches, taps, loss_fn, seen)
+            _run(base, _in_step(batches) if in_step else batches, taps, loss_fn, seen)
         if seen.batches == 0:
             raise ValueError(f"the dataloader gave no batch to score blocks on; {_DATALOADER} with at least one")
     except Exception as error:
+        # The others wait for this process inside the model then, where nothing can be told to them.
+        if in_step:
+            raise
         failure = error
     failed = _summed(torch.tensor(float(failure is not None)))
     if failure is not None:
         raise failure
     if failed > 0:
-        raise RuntimeError("the warm-up pass failed in another process, so no blocks were chosen; see its message")
+        raise RuntimeError(_FAILED_ELSEWHERE)
     if seen.batches < num_batches:
         say(f"the dataloader held {seen.batches} batches, fewer than num_batches={num_batches}; all were used")
     return seen
@@ -173,6 +190,29 @@ def _run(base: nn.Module, batches: Iterable, taps: Taps, loss_fn: LossFunction |
             loss = _loss(output, batch, seen.batches, given=loss_fn is not None)
             del output
             taps.backward(loss)
+
+
+def _in_step(batches: Iterable) -> Iterator[Any]:
+    """The batches, as long as every process has one: all of them must call a sharded model equally often.
+
+    Raises:
+        RuntimeError: another process could not get its batch.
+    """
+    batches = iter(batches)
+    while True:
+        batch, failure = None, None
+        try:
+            batch = next(batches, _NONE_LEFT)
+        except Exception as error:
+            failure = error
+        ended, failed = _summed(torch.tensor([float(batch is _NONE_LEFT), float(failure is not None)])).tolist()
+        if failure is not None:
+            raise failure
+        if failed:
+            raise RuntimeError(_FAILED_ELSEWHERE)
+        if ended:
+            return
+        yield batch
 
 
 def _forward(base: nn.Module, batch: Any, loss_fn: LossFunction | None, number: int) -> Any:
@@ -237,13 +277,19 @@ def _make_taps(
 ) -> Taps:
     if config.score == "activation":
         for name, target in targets.items():
-            if isinstance(target.module, nn.Embedding):
+            if target.is_table:
                 raise ValueError(
                     f"{name}: score='activation' measures the inputs of a linear layer, but those of an embedding are "
                     "token ids; take another score, such as 'grad_abs', or add this module to exclude_modules"
                 )
         return ActivationTaps(
-            targets, {name: ActivationScore(name, target.weight, grids[name]) for name, target in targets.items()}
+            targets,
+            {
+                name: (ActivationScore if isinstance(target, Target) else MatrixActivation)(
+                    name, _weight(target), grids[name]
+                )
+                for name, target in targets.items()
+            },
         )
     if isinstance(config.score, str) and config.score not in GradientScore.NAMES:
         raise ValueError(
@@ -253,6 +299,11 @@ def _make_taps(
     if config.score == "taylor" or callable(config.score):
         for target in targets.values():
             check_readable(target, config.score_name)
+            if reason := why_absent(target.stored):
+                raise ValueError(
+                    f"{target.name}: score={config.score_name!r} reads the weight, which is {reason}; take a score "
+                    "that needs no weight values, such as 'grad_abs', or select before the model is sharded"
+                )
     scores = {
         name: _gradient_score(target, grids[name], config.score, accumulator_device) for name, target in targets.items()
     }
@@ -267,9 +318,16 @@ def _make_taps(
 
 
 def _gradient_score(target: Target, grid: BlockGrid, score: str | Callable, device: Any) -> GradientScore:
-    if isinstance(target.module, nn.Embedding):
-        return TableScore(target.module, target.name, target.weight, grid, score, device)
-    return GradientScore(target.name, target.weight, grid, score, device, target.read)
+    if target.is_table:
+        return TableScore(target.module, target.name, _weight(target), grid, score, device)
+    return GradientScore(target.name, _weight(target), grid, score, device, target.read)
+
+
+def _weight(target: Target) -> Tensor:
+    """The weight, or in place of one that is offloaded an empty tensor of its dtype, on the device it is used on."""
+    if not is_offloaded(target.module):
+        return target.weight
+    return torch.empty(0, dtype=target.weight.dtype, device=execution_device(target.module))
 
 
 def _check_reached(names: list[str], reached: set[str]) -> None:
@@ -318,12 +376,18 @@ def _check_weights(base: nn.Module, targets: Mapping[str, Target]) -> None:
     # Weights that Accelerate has offloaded are on the meta device between calls, too.
     offloaded = any(hasattr(module, "_hf_hook") for module in base.modules())
     weights = {} if offloaded else dict(base.named_parameters())
-    weights |= {f"{name}.weight": target.weight for name, target in targets.items()}
+    weights |= {f"{name}.weight": t.weight for name, t in targets.items() if not is_offloaded(t.module)}
     meta = [name for name, weight in weights.items() if weight.is_meta]
     if meta:
         raise ValueError(
             f"{meta[0]} is on the meta device ({len(meta)} weights are), so no batch can be scored; load the weights "
             "first (from_pretrained without offloading), or choose a score without data, such as 'diagonal'"
+        )
+    absent = [name for name, target in targets.items() if why_absent(target.module.weight) is not None]
+    if absent and hasattr(targets[absent[0]].module.weight, "ds_id") and not base._forward_pre_hooks:
+        raise ValueError(
+            f"{absent[0]}: the weight is partitioned by DeepSpeed ZeRO-3, and no engine brings it in; pass the engine "
+            "that deepspeed.initialize returns, or select on a model loaded without zero.Init and pass the selection on"
         )
     inference = next((name for name, parameter in base.named_parameters() if parameter.is_inference()), None)
     if inference is not None:

@@ -8,19 +8,21 @@ from ..blocks import BlockSelection
 
 
 def lora_config(selection: BlockSelection, modules_to_save: list[str] | None = None) -> LoraConfig:
-    """LoRA on every module that the selection could have chosen from, of the rank that comes nearest in size.
+    """LoRA on every weight that the selection could have chosen from, of the rank that comes nearest in size.
 
-    A rank-r LoRA of a `(rows, cols)` weight has `r * (rows + cols)` weights. `lora_alpha` is twice the rank, so that
-    the scale of the update does not depend on the rank; there is no dropout. `modules_to_save` are trained in full, as
-    beside the blocks.
+    A rank-r LoRA of a `(rows, cols)` weight has `r * (rows + cols)` weights, and each expert has its own.
+    `lora_alpha` is twice the rank, so that the scale of the update does not depend on the rank; there is no dropout.
+    `modules_to_save` are trained in full, as beside the blocks.
     """
-    per_rank = sum(grid.rows + grid.cols for grid in selection.grids.values())
+    experts = selection.provenance.get("experts", {})
+    per_rank = sum(grid.rows + grid.cols * experts.get(name, 1) for name, grid in selection.grids.items())
     rank = max(1, round(selection.effective_numel / per_rank))
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
-        target_modules=list(selection.grids),
+        target_modules=[name for name in selection.grids if name not in experts],
+        target_parameters=list(experts) or None,
         modules_to_save=modules_to_save,
         task_type="CAUSAL_LM",
     )

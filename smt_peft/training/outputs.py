@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from peft import get_peft_model_state_dict
 from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import ConfigError
@@ -157,8 +158,15 @@ def trained_seconds(directory: Path) -> float:
         return 0.0
 
 
-def save_adapter(model, tokenizer, directory: Path) -> None:
-    """Save adapter and tokenizer aside, then move each file into `directory`."""
+def save_adapter(model, tokenizer, directory: Path, first: bool) -> None:
+    """Save adapter and tokenizer aside, then move each file into `directory`.
+
+    Of a sharded model every process must call this; the `first` writes, and the others take part in the gathering.
+    """
+    if not first:
+        for name in model.peft_config:
+            get_peft_model_state_dict(model, adapter_name=name)
+        return
     aside = directory / "adapter.part"
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)

@@ -31,6 +31,7 @@ from .compare import lora_config
 from .data import Data, load_data
 from .errors import ConfigError
 from .evaluate import exact_match
+from .launched import all_or_none, forget_engine, unprepare, wait_for_everyone, whole_or_gathering
 from .model import load_base, load_tokenizer, passes_as_adapted
 from .schema import AUTO, Run
 from .tell import tell
@@ -73,6 +74,7 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
     """
     clock = _Clock()
     checkpoint = outputs.check_output_dir(run)
+    wait_for_everyone(run.trainer)
     directory = Path(run.trainer.output_dir)
     prepared = prepare(run)
     clock.lap("loading")
@@ -96,11 +98,12 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
         **_circumstances(trainer),
         "log_history": trainer.state.log_history,
     }
+    outputs.save_adapter(trainer.model, prepared.tokenizer, directory, first=main)
     if main:
-        outputs.save_adapter(trainer.model, prepared.tokenizer, directory)
         outputs.write_metrics(directory, metrics, finished=False)
-        if run.config.verify:
-            metrics["verified"] = _verify(run, prepared, trainer, directory)
+    if run.config.verify:
+        metrics["verified"] = _verify(run, prepared, trainer, directory)
+        if main:
             outputs.write_metrics(directory, metrics, finished=False)
     del trainer
     if run.config.compare_lora:
@@ -118,6 +121,7 @@ def select(run: Run) -> BlockSelection:
         ConfigError: as `train`.
     """
     outputs.check_output_dir(run)
+    wait_for_everyone(run.trainer)
     selection = choose(run, prepare(run), None)
     file = Path(run.trainer.output_dir) / outputs.SELECTION
     if run.trainer.process_index == 0:
@@ -163,9 +167,9 @@ def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
     loader = prepared.trainer.get_train_dataloader()
     set_seed(run.trainer.seed)
     try:
-        with _blaming("smt"):
+        with _blaming("smt"), whole_or_gathering(prepared.model) as model:
             selection = select_blocks(
-                prepared.model, run.smt, loader, num_batches=run.warmup_batches, progress=not run.trainer.disable_tqdm
+                model, run.smt, loader, num_batches=run.warmup_batches, progress=not run.trainer.disable_tqdm
             )
     except RuntimeError as error:
         raise ConfigError(f"choosing blocks on the training set: {error}") from error
@@ -182,6 +186,7 @@ def make_trainer(
     for name, value in changed.items():
         setattr(args, name, value)
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    forget_engine(args)
     with _blaming("smt"):
         trainer = SFTTrainer(
             model=prepared.model,
@@ -235,9 +240,14 @@ def _is_last(run: Run, state: TrainerState) -> bool:
 def measure(run: Run, prepared: Prepared, trainer: SFTTrainer, label: str) -> dict[str, float]:
     """`eval_loss` and `exact_match` of the evaluation set, as far as the run asks for them."""
     found: dict[str, float] = {}
+    if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and trainer.state.global_step == 0:
+        if prepared.eval_set is not None:
+            tell(f"{label}: not measured, as the model is sharded when the training starts")
+        return found
     if prepared.eval_set is not None:
         history = list(trainer.state.log_history)
         found["eval_loss"] = trainer.evaluate()["eval_loss"]
+        unprepare(trainer.model)
         trainer.state.log_history = history
     if run.config.eval_exact_match:
         found["exact_match"] = exact_match(
@@ -297,9 +307,9 @@ def _optimizer(run: Run, args: SFTConfig) -> tuple[type[SMTAdamW], dict[str, Any
 def _verify(run: Run, prepared: Prepared, trainer: SFTTrainer, directory: Path) -> dict[str, Any]:
     rows = prepared.eval_set if prepared.eval_set is not None else prepared.train_set
     sequences = [rows[i]["input_ids"] for i in range(min(4, len(rows)))]
-    return verify_saved(
-        trainer.model, sequences, run.config.model_name_or_path, directory / outputs.SELECTION, directory
-    )
+    selection, first = directory / outputs.SELECTION, trainer.is_world_process_zero()
+    with all_or_none(first):
+        return verify_saved(trainer.model, sequences, run.config.model_name_or_path, selection, directory, first=first)
 
 
 def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any]) -> None:
@@ -319,6 +329,8 @@ def _circumstances(trainer: SFTTrainer) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": f"{device.type} ({name})",
+        "engine": trainer.accelerator.distributed_type.value,
+        "processes": trainer.accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "backends": ops.served(),
         "python": platform.python_version(),

@@ -37,7 +37,6 @@ _INTERNAL = {
     "block_pattern",
     "base_fingerprint",
     "base_quantization",
-    "target_parameters",
     "fan_in_fan_out",
 }
 _TRAINER_OPTIMIZERS = tuple(name.value for name in OptimizerNames)

@@ -40,7 +40,12 @@ _LAUNCHER = ("ACCELERATE_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "
 
 
 def verify_saved(
-    model: nn.Module, sequences: Sequence[Sequence[int]], base: str, selection: Path, directory: Path
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    base: str,
+    selection: Path,
+    directory: Path,
+    first: bool = True,
 ) -> dict[str, Any]:
     """Compare the adapter saved in `directory` with the `PeftModel` it was saved from; prints one line per check.
 
@@ -50,9 +55,10 @@ def verify_saved(
         base: name or directory of the base model.
         selection: the selection file of the run.
         directory: where the adapter lies.
+        first: whether this is the process that compares; the others run the model with it, which may be sharded.
 
     Returns:
-        The measured numbers, for the metrics.
+        The measured numbers, for the metrics; nothing in other processes than the first.
 
     Raises:
         VerificationError: a check failed, or the fresh process did.
@@ -74,6 +80,8 @@ def verify_saved(
     model.eval()
     probe = {"input_ids": ids, "attention_mask": mask, "logits": _logits(inner, ids, mask)}
     model.train(training)
+    if not first:
+        return {}
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "probe.safetensors"
         save_file(probe, file, metadata={"settings": json.dumps(settings)})
@@ -226,12 +234,13 @@ def _compare_weights(
     after = dict(merged.named_parameters())
     same, untouched = True, 0
     for name, before in base.named_parameters():
-        module = name.removesuffix(".weight")
+        # A bare parameter has blocks of its own, `experts.down_proj`.
+        module = name if name in layouts else name.removesuffix(".weight")
         if any(key.startswith(name.rpartition(".")[0] + ".") for key in in_full):
             continue
         expected = before.detach()
-        if name.endswith(".weight") and module in layouts:
-            transposed = isinstance(base.get_submodule(module), Conv1D)
+        if module in layouts:
+            transposed = module != name and isinstance(base.get_submodule(module), Conv1D)
             expected = _merged_by_hand(expected.t() if transposed else expected, layouts[module], deltas[module])
             expected = expected.t() if transposed else expected
             untouched -= layouts[module].effective_numel

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 
+from .. import ops
 from ..blocks import BlockGrid, BlockLayout
+from ..sharded import is_dtensor
+from .gate import is_traced
 
 
 class SMTBlocks(nn.Module):
@@ -24,6 +29,28 @@ class SMTBlocks(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_blocks, *grid.block_shape))
         self.register_buffer("index", torch.zeros(num_blocks, 2, dtype=torch.int32))
         self._layout: tuple[tuple, BlockLayout] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(num_blocks, rows, cols)`, also where the weight is sharded: engines leave buffers whole."""
+        return (len(self.index), *self.grid.block_shape)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y + X delta^T`, where `y` `(..., rows)` is what the base layer made of `x` `(..., cols)`.
+
+        A call, not a read of `weight`, so that engines which keep the weight sharded bring it in for the time it takes.
+
+        Raises:
+            NotImplementedError: tensor parallelism hands the layer a part of its input or output.
+        """
+        if is_dtensor(x) or is_dtensor(y) or (y.shape[-1], x.shape[-1]) != self.grid.shape:
+            raise NotImplementedError(
+                f"{self.name}: this process has {x.shape[-1]} inputs and {y.shape[-1]} outputs of a {self.grid.rows} x "
+                f"{self.grid.cols} weight, as under tensor parallelism, which SMT does not support; shard the model "
+                "with FSDP2 or ZeRO-3, or leave this module out of the parallel plan"
+            )
+        add = ops.block_add_traceable if is_traced() else ops.block_add
+        return add(y, x, self.weight, self.layout())
 
     def layout(self) -> BlockLayout:
         """The layout of the current index, checked whenever it has changed, so that no operation meets a bad one.
@@ -48,7 +75,7 @@ class SMTBlocks(nn.Module):
 
     def padding(self) -> int:
         """Entries of `weight` that lie outside the matrix: stored as zero, never trained, never counted."""
-        return self.weight.numel() - self.grid.effective_numel(self.index)
+        return math.prod(self.shape) - self.grid.effective_numel(self.index)
 
     def check_loaded(self, weight: Tensor | None, index: Tensor | None) -> None:
         """Check tensors read from a file before they are copied in.
@@ -58,13 +85,13 @@ class SMTBlocks(nn.Module):
                 finite; names the module.
         """
         repair = "the adapter file is damaged or belongs to another model; restore it or save the adapter again"
-        for part, tensor, expected in (("weight", weight, self.weight), ("index", index, self.index)):
+        for part, tensor, expected in (("weight", weight, self.shape), ("index", index, tuple(self.index.shape))):
             if tensor is None:
                 raise ValueError(f"{self.name}: the adapter file has no smt_blocks.{part} for this module; {repair}")
-            if tensor.shape != expected.shape:
+            if tuple(tensor.shape) != expected:
                 raise ValueError(
                     f"{self.name}: smt_blocks.{part} has shape {tuple(tensor.shape)} in the file, but "
-                    f"block_pattern says {tuple(expected.shape)}; {repair}"
+                    f"block_pattern says {expected}; {repair}"
                 )
         self.check_values(weight, index)
 
@@ -98,7 +125,8 @@ class SMTBlocks(nn.Module):
     def _remake_layout(self) -> None:
         """Make the layout of a new index now, so that a compiler finds it made; a bad one is told at its first use."""
         try:
-            if not self.index.is_meta:
+            # Not of an index without values: on the meta device, or a stand-in for tracing.
+            if type(self.index) is Tensor and not self.index.is_meta:
                 self.layout()
         except ValueError:
             self._layout = None
@@ -108,7 +136,7 @@ class SMTBlocks(nn.Module):
         return {**self.__dict__, "_layout": None}
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]} blocks, {self.grid}"
+        return f"{len(self.index)} blocks, {self.grid}"
 
 
 def _static(layout: BlockLayout) -> BlockLayout:

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from ..sharded import why_absent
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -71,6 +73,8 @@ def why_not_swap(weight: Tensor) -> str | None:
 def why_not_merged(base: nn.Module) -> str | None:
     """Why a delta must not be written into the weight for good: the layer would not compute `base + delta` then."""
     weight = base.weight
+    if reason := why_absent(weight):
+        return f"the weight is {reason}"
     if hasattr(base, "parametrizations"):
         return "the weight is parametrized, so it is computed anew at every use"
     is_table = isinstance(base, nn.Embedding)

@@ -47,12 +47,13 @@ def hotswap_adapter(
             one is damaged, belongs to another base, or needs room that is not there; names the module.
     """
     config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    model = getattr(model, "_orig_mod", model)
     layers = _layers(model, adapter_name)
     _check_configs(config, model.peft_config[adapter_name], str(model_name_or_path))
     tensors = load_peft_weights(str(model_name_or_path), device=torch_device or "cpu", **kwargs)
     saved = _blocks_by_module(tensors, model)
     _check_fit(saved, layers, adapter_name)
-    check_base(config, {name: layer.weight_view() for name, layer in layers.items()})
+    check_base(config, {name: layer.evidence() for name, layer in layers.items() if not layer.merged})
     with torch.no_grad():
         for name, layer in layers.items():
             _overwrite(layer.smt_blocks[adapter_name], saved.get(name))
@@ -113,6 +114,7 @@ def _check_configs(config: PeftConfig, loaded: PeftConfig, path: str) -> None:
 
 def _blocks_by_module(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """`{module: {"weight": ..., "index": ...}}`; what else is saved must be what the model holds already."""
+    parameters = dict(model.named_parameters())
     saved: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, found, part = key.partition(".smt_blocks.")
@@ -120,7 +122,7 @@ def _blocks_by_module(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[s
             saved.setdefault(name.removeprefix(_PREFIX), {})[part] = tensor
             continue
         # PEFT saves an embedding that is a target whole.
-        held = dict(model.named_parameters()).get(key)
+        held = parameters.get(key)
         if held is None or not torch.equal(held.detach().to(tensor), tensor):
             raise ValueError(
                 f"{name}: the saved adapter brings a weight of its own for this, other than the model's; use "

@@ -14,6 +14,7 @@ from ..blocks import BlockGrid, BlockLayout
 from ..config import SMTConfig
 from ..fingerprint import Weight
 from ..say import once
+from ..sharded import execution_device, is_offloaded, present
 from ..targets import evidence_of
 from .delta import SMTBlocks
 from .gate import why_not_merged
@@ -38,13 +39,13 @@ class SMTLayer(BaseTunerLayer):
         # What has been merged into the weight, in order: by this layer and, where the weight is tied, by others.
         self._merges: list[tuple[SMTLayer, str]] = []
         self._told: str | None = None
+        self.out_features, self.in_features = self._features()
+
+    def _features(self) -> tuple[int, int]:
         base = self.get_base_layer()
         if isinstance(base, nn.Embedding):
-            self.out_features, self.in_features = base.num_embeddings, base.embedding_dim
-            return
-        is_conv1d = isinstance(base, Conv1D)
-        self.out_features = base.nf if is_conv1d else base.out_features
-        self.in_features = base.nx if is_conv1d else base.in_features
+            return base.num_embeddings, base.embedding_dim
+        return (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
 
     def weight_view(self) -> Tensor:
         """The base weight as an `(out_features, in_features)` view."""
@@ -79,7 +80,8 @@ class SMTLayer(BaseTunerLayer):
         """Add or replace an adapter of `num_blocks` blocks at the positions `index`, int32 `(num_blocks, 2)`."""
         self.check_forward(config.forward)
         blocks = SMTBlocks(self.smt_name, grid, num_blocks)
-        with torch.no_grad():
+        # Whole, also where DeepSpeed has partitioned it at birth.
+        with torch.no_grad(), present(blocks, modify=True):
             if not blocks.index.is_meta:
                 blocks.index.copy_(index)
             if not config.init_weights and not blocks.weight.is_meta:
@@ -88,7 +90,10 @@ class SMTLayer(BaseTunerLayer):
                 blocks.weight.normal_(std=0.02).mul_(mask)
         self.smt_blocks[adapter_name] = blocks
         self.smt_forward[adapter_name] = config.forward
-        if not self.stored_weight().is_meta:
+        base = self.get_base_layer()
+        if is_offloaded(base):
+            self._move_adapter_to_device_of_base_layer(adapter_name, execution_device(base))
+        elif not self.stored_weight().is_meta:
             self._move_adapter_to_device_of_base_layer(adapter_name)
         if not blocks.index.is_meta:
             # Made now, so that a compiler or tracer finds it made.
@@ -175,7 +180,7 @@ class SMTLayer(BaseTunerLayer):
 
     def heal(self) -> None:
         """Put the base back if an interrupt cut a swap off; see `ops.swap`."""
-        ops.heal(self.get_base_layer().weight)
+        ops.heal(self.stored_weight())
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):

@@ -54,7 +54,9 @@ class Linear(nn.Module, SMTLayer):
             return "several adapters are active"
         if is_traced():
             return "the call is traced or transformed"
-        return why_not_fused(self.base_layer, self.smt_blocks[active[0]], x)
+        if type(blocks := self.smt_blocks[active[0]]) is not SMTBlocks:
+            return f"the blocks are wrapped in a {type(blocks).__name__}"
+        return why_not_fused(self.base_layer, blocks, x)
 
     def _fused_forward(self, x: Tensor, blocks: SMTBlocks, swap: bool) -> Tensor:
         self._told = "swap" if swap else "additive"
@@ -64,10 +66,8 @@ class Linear(nn.Module, SMTLayer):
     def _opaque_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         self._told = "additive"
         y = self._base_output(x, *args, **kwargs)
-        add = ops.block_add_traceable if is_traced() else ops.block_add
         for name in active:
-            blocks = self.smt_blocks[name]
-            y = add(y, x, blocks.weight, blocks.layout())
+            y = self.smt_blocks[name](y, x)
         return y
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -92,8 +92,7 @@ class Linear(nn.Module, SMTLayer):
             if name not in self.smt_blocks:
                 continue
             rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-            blocks = self.smt_blocks[name]
-            y[rows] = ops.block_add(y[rows], x[rows], blocks.weight, blocks.layout())
+            y[rows] = self.smt_blocks[name](y[rows], x[rows])
         return y
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,16 +11,18 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config import SMTConfig
 from ..fingerprint import fingerprint
-from ..packed import format_of, keep_exact, let_repack, quantization_of, unpacked_numel
+from ..packed import format_of, is_packed, keep_exact, let_repack, quantization_of, unpacked_numel
 from ..say import say
+from ..sharded import full_numel, is_offloaded, is_partitioned, plain_name, present, why_absent
 from ..targets import DEFAULT_TARGETS
 from .combination import check_combination, combined_config, weighted_sum
 from .delta import SMTBlocks
 from .embedding import Embedding
+from .engines import PlainNames, gather_blocks
+from .experts import ParameterLayer, ParamWrapper, check_rows
 from .layer import SMTLayer
 from .linear import Linear
 from .plan import Plan, check_base, make_plan
@@ -74,6 +76,11 @@ class SMTModel(BaseTuner):
                 "parameters, though print_trainable_parameters counts them"
             )
 
+    def _prepare_adapter_config(self, peft_config: SMTConfig, model_config: dict) -> SMTConfig:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _prepare_model(self, peft_config: SMTConfig, model: nn.Module) -> None:
         """Settle every block before the first layer is touched."""
         plan = make_plan(model, peft_config)
@@ -83,10 +90,12 @@ class SMTModel(BaseTuner):
             base_fingerprint=plan.base_fingerprint,
             base_quantization=quantization,
         )
-        known = (nn.Linear, Conv1D, BaseTunerLayer)
-        if not all(isinstance(model.get_submodule(name), known) for name in plan.selection.blocks):
+        modules = {name: module for name, module in model.named_modules() if name in plan.selection.blocks}
+        if any(is_packed(module) and not isinstance(module, nn.Linear) for module in modules.values()):
             # PEFT's own "all-linear" would pass over quantised layers that are no `nn.Linear`.
-            peft_config.target_modules = set(plan.selection.blocks)
+            peft_config.target_modules = {
+                name for name, module in modules.items() if not isinstance(module, ParameterLayer)
+            }
         peft_config.plan = plan
 
     @staticmethod
@@ -106,11 +115,21 @@ class SMTModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **_: Any,
     ) -> None:
         plan: Plan = peft_config.plan
+        if parameter_name is not None and current_key not in plan.selection.blocks:
+            # PEFT goes by the names alone: without a chosen block, or outside layers_to_transform.
+            return
         grid, num_blocks, index = plan.entry(current_key)
         inference_mode = getattr(peft_config, "inference_mode", False)
+        if parameter_name is not None:
+            wrapper = parent if isinstance(parent, ParamWrapper) else target
+            if not isinstance(wrapper, ParamWrapper):
+                wrapper = ParamWrapper(target)
+                self._replace_module(parent, target_name, wrapper, target)
+            target = wrapper.layer(parameter_name, current_key, self.active_adapters)
         if isinstance(target, SMTLayer):
             target.update_layer(adapter_name, grid, num_blocks, index, peft_config, inference_mode)
             return
@@ -132,7 +151,11 @@ class SMTModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer"):
-            super()._replace_module(parent, child_name, new_module, child)
+            if is_offloaded(new_module.get_base_layer()):
+                # PEFT would send the blocks to where the weight is between calls: the meta device.
+                setattr(parent, child_name, new_module)
+            else:
+                super()._replace_module(parent, child_name, new_module, child)
         else:
             # Unloading: the module goes back as it is. PEFT would copy the wrapper's weight into it, which is no
             # Parameter where token rows are trained.
@@ -205,7 +228,8 @@ class SMTModel(BaseTuner):
         """Look at every layer before the first is written; layers that share a weight keep one record of merges."""
         records: dict[int, list] = {}
         for layer in _layers_of(self.model):
-            layer.check_merge(adapter_names, safe_merge)
+            with present(layer.get_base_layer()) if is_offloaded(layer.get_base_layer()) else nullcontext():
+                layer.check_merge(adapter_names, safe_merge)
             record = records.setdefault(id(layer.stored_weight()), layer._merges)
             if layer._merges is not record:
                 record.extend(layer._merges)
@@ -221,6 +245,7 @@ class SMTModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = _layers_of(self.model)
+        check_rows(layers, adapter_names)
         known = {name for layer in layers for name in layer.smt_blocks} | {"__base__"}
         unknown = sorted(set(adapter_names) - known)
         if unknown:
@@ -250,11 +275,15 @@ class SMTModel(BaseTuner):
         """Tensors to save; the config saved beside them is brought in line, as it may serve several models."""
         layers = {layer.smt_name: layer for layer in _layers_of(model) if adapter_name in layer.smt_blocks}
         blocks = {name: layer.smt_blocks[adapter_name] for name, layer in layers.items()}
-        config.block_pattern = {name: list(module.weight.shape) for name, module in blocks.items()}
-        if not any(layer.merged for layer in layers.values()):
+        config.block_pattern = {name: list(module.shape) for name, module in blocks.items()}
+        # Of a base that cannot be read now, what was read when the adapter was put in still holds.
+        if not any(layer.merged or why_absent(layer.stored_weight()) for layer in layers.values()):
             config.base_fingerprint = fingerprint({name: layer.evidence() for name, layer in layers.items()})
             config.base_quantization = quantization_of(model)
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tensors = super()._get_adapter_state_dict(
+            PlainNames(model), config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return gather_blocks(tensors, _blocks_of(model, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -266,7 +295,7 @@ class SMTModel(BaseTuner):
             ValueError: an index or a weight is damaged or belongs to another model; names the module. An adapter that
                 was being added is taken out again.
         """
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(PlainNames(model), config, adapter_name, state_dict)
         blocks = _blocks_of(model, adapter_name)
         try:
             _check_file(remapped, blocks)
@@ -293,14 +322,20 @@ class SMTModel(BaseTuner):
             for module in self.model.modules()
             if isinstance(module, SMTBlocks) and module.weight.requires_grad
         )
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return trainable - padding, sum(unpacked_numel(p) for p in self.model.parameters()) - padding
+        trainable = sum(full_numel(p) for p in self.model.parameters() if p.requires_grad)
+        everything = sum(full_numel(p) if is_partitioned(p) else unpacked_numel(p) for p in self.model.parameters())
+        return trainable - padding, everything - padding
 
 
 def take_out(model: nn.Module, adapter_name: str, requires_grad: dict[str, bool]) -> None:
     """Undo the injection of an adapter: its layers, its wrappers, and the flags of the parameters that were there."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SMTLayer):
+    # Inner modules first: what is left of a wrapper shows only then.
+    for name, module in reversed(list(model.named_modules())):
+        if isinstance(module, ParamWrapper):
+            wrapped, left = module.base_layer, module.take_out(adapter_name)
+        elif isinstance(module, ParameterLayer):
+            continue
+        elif isinstance(module, SMTLayer):
             module.delete_adapter(adapter_name)
             wrapped, left = module.base_layer, module.smt_blocks
         elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -321,9 +356,10 @@ def _layers_of(model: nn.Module) -> list[SMTLayer]:
 
 
 def _blocks_of(model: nn.Module, adapter_name: str) -> dict[str, SMTBlocks]:
+    named = ((plain_name(name), module) for name, module in model.named_modules())
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in named
         if isinstance(module, SMTBlocks) and name.endswith(f"smt_blocks.{adapter_name}")
     }
 

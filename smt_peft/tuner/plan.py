@@ -12,6 +12,7 @@ from ..fingerprint import Sample, Weight, fingerprint, mismatch
 from ..say import say
 from ..selection import select_without_data
 from ..targets import Target, find_targets
+from .engines import check_whole
 
 
 @dataclass
@@ -51,10 +52,13 @@ def make_plan(model: nn.Module, config: SMTConfig) -> Plan:
     """Settle the blocks: from the selection given, from the counts of a saved adapter, or without data.
 
     Raises:
-        ValueError: no target, or the selection or the saved adapter belongs to another model; names the module.
+        NotImplementedError: the model is tensor parallel; names the module.
+        ValueError: no target, the model is sharded already, or the selection or the saved adapter belongs to another
+            model; names the module.
         FileNotFoundError: `selection` is the path of no file.
     """
     targets = find_targets(model, config)
+    check_whole(targets, config.inference_mode)
     # A merged adapter has changed the weights it sits on.
     bases = {name: target.evidence for name, target in targets.items() if not target.is_merged}
     if config.selection is not None:

@@ -72,7 +72,7 @@ def test_matching_is_that_of_loras_rank_pattern():
         config = LoraConfig(r=2, rank_pattern={key: 3}, target_modules="all-linear")
         lora = get_peft_model(tiny_llama(), config).base_model.model
         expected = [name for name in names if lora.get_submodule(name).r["default"] == 3]
-        assert [name for name in names if SMTConfig(density_pattern={key: 0.3}).own_density(name)] == expected, key
+        assert [name for name in names if SMTConfig(density_pattern={key: 0.3}).density_key(name)] == expected, key
 
 
 def test_the_first_pattern_that_matches_counts():

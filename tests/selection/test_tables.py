@@ -10,7 +10,7 @@ from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.config import SCORES
-from smt_peft.selection.embedding import look_ups_tapped
+from smt_peft.selection.tables import look_ups_tapped
 
 SETTINGS = {"target_modules": ["embed_tokens", "q_proj"], "density": 0.2, "block_size": 8}
 BATCHES = [batch(seed=seed) for seed in range(3)]

@@ -41,9 +41,11 @@ def test_our_own_keys_are_these():
         "smt." + name
         for name in (
             "target_modules",
+            "target_parameters",
             "exclude_modules",
             "block_size",
             "density",
+            "density_pattern",
             "num_blocks",
             "score",
             "budget",

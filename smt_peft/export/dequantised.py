@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from ..packed import format_of
+from ..bases.packed import format_of
 
 
 def quantization_config(record: dict[str, Any]) -> tuple[Any, str]:

@@ -11,7 +11,7 @@ import transformers
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..packed import quantization_of
+from ..bases.packed import quantization_of
 from ..say import say
 from .dequantised import dequantise_, quantization_config, round_to
 

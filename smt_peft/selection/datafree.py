@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
+from ..bases.sharded import is_offloaded, present
+from ..bases.targets import Target
 from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
 from ..say import once
-from ..sharded import is_offloaded, present
-from ..targets import Target
 from .budget import PATTERNS, choose_blocks, choose_pattern, module_seed
 from .experts import joined, matrices
 from .scores import checked, diagonal_scores, low_rank_magnitude, magnitude, random_scores

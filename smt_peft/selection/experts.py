@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..bases.parameters import ParameterTarget
+from ..bases.stand_in import StandIn, replaced
+from ..bases.targets import Target
 from ..blocks import BlockGrid, BlockSelection
-from ..stand_in import StandIn, replaced
-from ..targets import Target
-from ..targets_parameters import ParameterTarget
 from .guard import _set
 from .scores import ActivationScore
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..packed import REPACKS, unpack_for_cpu
-from ..sharded import is_dtensor
+from ..bases.packed import REPACKS, unpack_for_cpu
+from ..bases.sharded import is_dtensor
 
 _MISSING = object()
 

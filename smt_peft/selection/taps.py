@@ -13,8 +13,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from ..targets import Target
-from ..targets_parameters import ParameterTarget
+from ..bases.parameters import ParameterTarget
+from ..bases.targets import Target
 from .experts import parameters_tapped
 from .scores import ActivationScore, GradientScore
 from .tables import look_ups_tapped

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..bases.fingerprint import fingerprint
+from ..bases.sharded import execution_device, is_offloaded, is_sharded, plain_name, why_absent
+from ..bases.targets import Target, find_targets
 from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
-from ..fingerprint import fingerprint
 from ..say import say
-from ..sharded import execution_device, is_offloaded, is_sharded, plain_name, why_absent
-from ..targets import Target, find_targets
 from .budget import choose_blocks
 from .datafree import check_readable, provenance, select_without_data
 from .experts import MatrixActivation, joined, matrices, tappable_experts

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainingArguments
 
-from ..sharded import is_sharded
+from ..bases.sharded import is_sharded
 from .errors import VerificationError
 
 

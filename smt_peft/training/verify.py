@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..bases.packed import quantization_of
 from ..blocks import BlockLayout, BlockSelection
 from ..export.dequantised import dequantise_, quantization_config, round_to
-from ..packed import quantization_of
 from ..tuner.quantised import QuantisedLinear
 from .errors import VerificationError
 from .model import load_model

@@ -9,8 +9,8 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from .. import ops
+from ..bases.sharded import is_dtensor
 from ..blocks import BlockGrid, BlockLayout
-from ..sharded import is_dtensor
 from .gate import is_traced
 
 

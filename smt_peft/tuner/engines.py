@@ -8,8 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..sharded import is_dtensor, plain_name, present
-from ..targets import Target
+from ..bases.sharded import is_dtensor, plain_name, present
+from ..bases.targets import Target
 from .delta import SMTBlocks
 
 # Dimensions of a mesh over which FSDP2 shards or replicates; a mesh of `fully_shard` itself has no names.

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
+from ..bases.stand_in import StandIn, replaced
 from ..blocks import BlockGrid, BlockLayout
 from ..config import SMTConfig
 from ..say import once
-from ..stand_in import StandIn, replaced
 from .delta import SMTBlocks
 from .gate import is_traced, why_not_swap
 from .layer import SMTLayer

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
+from ..bases.fingerprint import Weight
+from ..bases.sharded import execution_device, is_offloaded, present
+from ..bases.targets import evidence_of
 from ..blocks import BlockGrid, BlockLayout
 from ..config import SMTConfig
-from ..fingerprint import Weight
 from ..say import once
-from ..sharded import execution_device, is_offloaded, present
-from ..targets import evidence_of
 from .delta import SMTBlocks
 from .gate import why_not_merged
 

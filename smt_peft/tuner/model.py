@@ -12,12 +12,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from ..bases.fingerprint import fingerprint
+from ..bases.packed import format_of, is_packed, keep_exact, let_repack, quantization_of, unpacked_numel
+from ..bases.sharded import full_numel, is_offloaded, is_partitioned, plain_name, present, why_absent
+from ..bases.targets import DEFAULT_TARGETS
 from ..config import SMTConfig
-from ..fingerprint import fingerprint
-from ..packed import format_of, is_packed, keep_exact, let_repack, quantization_of, unpacked_numel
 from ..say import say
-from ..sharded import full_numel, is_offloaded, is_partitioned, plain_name, present, why_absent
-from ..targets import DEFAULT_TARGETS
 from .combination import check_combination, combined_config, weighted_sum
 from .delta import SMTBlocks
 from .embedding import Embedding

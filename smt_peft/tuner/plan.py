@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..bases.fingerprint import Sample, Weight, fingerprint, mismatch
+from ..bases.targets import Target, find_targets
 from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
-from ..fingerprint import Sample, Weight, fingerprint, mismatch
 from ..say import say
 from ..selection import select_without_data
-from ..targets import Target, find_targets
 from .engines import check_whole
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..packed import Format, format_of, stored
+from ..bases.packed import Format, format_of, stored
 from ..say import once, say
 from .gate import is_traced, why_not_bypassed
 from .linear import Linear

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from smt_peft.bases.targets import Target
 from smt_peft.blocks import BlockGrid
 from smt_peft.config import SMTConfig
 from smt_peft.selection import select_without_data, spread
 from smt_peft.selection.budget import choose_blocks, choose_pattern, make_scopes, module_seed
-from smt_peft.targets import Target
 
 SHAPES = {
     "layers.0.q": (16, 16),

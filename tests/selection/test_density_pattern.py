@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from smt_peft import BlockSelection, SMTConfig, select_blocks
+from smt_peft.bases.targets import find_targets
 from smt_peft.selection.budget import make_scopes
-from smt_peft.targets import find_targets
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 

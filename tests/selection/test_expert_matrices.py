@@ -11,10 +11,10 @@ from helpers import batch
 from mixtures import EXPERTS, Bank, tiny_gpt_oss, tiny_llama4, tiny_mixtral, tiny_qwen3_moe
 
 from smt_peft import BlockSelection, SMTConfig, select_blocks
+from smt_peft.bases.targets import find_targets
 from smt_peft.ops import block_sums
 from smt_peft.selection import warmup
 from smt_peft.selection.scores import low_rank_magnitude, magnitude
-from smt_peft.targets import find_targets
 
 MODELS = [tiny_mixtral, tiny_qwen3_moe, tiny_gpt_oss, tiny_llama4]
 CASES = [

@@ -17,7 +17,7 @@ from transformers import BatchEncoding
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import BlockSelection, SMTConfig, select_blocks
-from smt_peft.targets import find_targets
+from smt_peft.bases.targets import find_targets
 
 BATCHES = [batch(seed=i) for i in range(3)]
 SCORES = ("grad_abs", "grad_sq", "taylor", "mean_abs", "grad_sum_abs", "activation")

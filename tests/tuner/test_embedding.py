@@ -16,8 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from smt_peft import SMTConfig, ops, select_blocks
+from smt_peft.bases.targets import find_targets
 from smt_peft.ops import swap
-from smt_peft.targets import find_targets
 from smt_peft.tuner.embedding import Embedding
 from smt_peft.tuner.layer import SMTLayer
 

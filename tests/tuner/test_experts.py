@@ -19,10 +19,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM
 
 from smt_peft import BlockSelection, SMTConfig, ops
+from smt_peft.bases.stand_in import StandIn
 from smt_peft.blocks import BlockGrid
 from smt_peft.ops import swap
 from smt_peft.optim import SMTAdamW
-from smt_peft.stand_in import StandIn
 from smt_peft.tuner.experts import ParameterLayer, ParamWrapper
 
 SETTINGS = {

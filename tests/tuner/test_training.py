@@ -198,8 +198,8 @@ def test_layers_without_a_block_are_not_wrapped_and_need_no_backward():
     base = tiny_llama(layers=3)
     config = SMTConfig(**ALL, density=0.1, block_size=8)
     name = "model.layers.2.mlp.down_proj"
+    from smt_peft.bases.targets import find_targets
     from smt_peft.selection import select_without_data
-    from smt_peft.targets import find_targets
 
     every = select_without_data(find_targets(base, config), config)
     config.selection = BlockSelection({name: every.blocks[name]}, every.grids)

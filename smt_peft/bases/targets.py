@@ -20,13 +20,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .blocks import BlockGrid
-from .config import SMTConfig
+from ..blocks import BlockGrid
+from ..config import SMTConfig
+from ..say import once
 from .fingerprint import Weight
 from .packed import format_of, is_packed, stored
-from .say import once
+from .parameters import ParameterTarget, check_unreached, find_parameters, stacked_names
 from .sharded import is_dtensor
-from .targets_parameters import ParameterTarget, check_unreached, find_parameters, stacked_names
 
 # What PEFT puts around a module; the module is named by its outer name, whatever lies inside.
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)

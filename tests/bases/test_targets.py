@@ -14,7 +14,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
-from smt_peft.targets import find_targets
+from smt_peft.bases.targets import find_targets
 
 
 class Attending(nn.Module):

@@ -18,7 +18,7 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, HqqBac
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .say import once
+from ..say import once
 
 # Where libraries keep a weight that has no `weight`, or one of integers: GPTQ and AWQ, HQQ, AQLM.
 _STORES = ("qweight", "W_q", "codes")

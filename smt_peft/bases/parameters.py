@@ -10,9 +10,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .blocks import BlockGrid
-from .config import SMTConfig
-from .say import once
+from ..blocks import BlockGrid
+from ..config import SMTConfig
+from ..say import once
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,11 @@ class TestNothingStaysFrozenInSilence:
         with pytest.raises(ValueError, match="not found in the base model.*linear layers are named.*q_proj"):
             get_peft_model(tiny_llama(), SMTConfig(target_modules=names, density=0.1))
 
+    def test_names_of_which_some_match_nothing_are_told(self, caplog):
+        with caplog.at_level("INFO", "smt_peft"):
+            get_peft_model(tiny_llama(), SMTConfig(target_modules=["q_proj", "expert_proj"], density=0.1))
+        assert "no module is named expert_proj" in caplog.text and "q_proj" not in caplog.text
+
     def test_modules_without_a_block_are_named(self, caplog):
         config = SMTConfig(target_modules=["q_proj", "k_proj"], block_size=8, num_blocks=1, budget="global")
         with caplog.at_level("INFO", "smt_peft"):

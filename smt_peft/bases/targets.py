@@ -174,11 +174,27 @@ def find_targets(
             "nn.MultiheadAttention takes its weight without calling it, so blocks of it would not train"
         )
     check_unreached(model, config, targets)
+    _tell_unmatched(model, config)
     parameters = find_parameters(model, config, targets) if config.target_parameters else {}
     if not targets and (config.target_modules or not parameters):
         raise NoMatchingPeftModuleError(_nothing_matched(model, config))
     _check_token_rows(model, config, targets)
     return targets | parameters
+
+
+def _tell_unmatched(model: nn.Module, config: SMTConfig) -> None:
+    """One list may serve several architectures, so a name that matches nothing is no error while others do; it is said.
+
+    A name that is only a parameter's is one, see `check_unreached`.
+    """
+    names = config.target_modules
+    if config.block_pattern or isinstance(names, str) or not names:
+        return
+    unmatched = set(names)
+    for module, _ in model.named_modules():
+        unmatched -= {name for name in unmatched if module == name or module.endswith(f".{name}")}
+    if unmatched:
+        once(f"target_modules: no module is named {', '.join(sorted(unmatched))}, so nothing of that name trains")
 
 
 def _check_token_rows(model: nn.Module, config: SMTConfig, targets: dict[str, Target]) -> None:

@@ -383,8 +383,8 @@ def _check_weights(base: nn.Module, targets: Mapping[str, Target]) -> None:
             f"{meta[0]} is on the meta device ({len(meta)} weights are), so no batch can be scored; load the weights "
             "first (from_pretrained without offloading), or choose a score without data, such as 'diagonal'"
         )
-    absent = [name for name, target in targets.items() if why_absent(target.module.weight) is not None]
-    if absent and hasattr(targets[absent[0]].module.weight, "ds_id") and not base._forward_pre_hooks:
+    absent = [name for name, target in targets.items() if why_absent(target.stored) is not None]
+    if absent and hasattr(targets[absent[0]].stored, "ds_id") and not base._forward_pre_hooks:
         raise ValueError(
             f"{absent[0]}: the weight is partitioned by DeepSpeed ZeRO-3, and no engine brings it in; pass the engine "
             "that deepspeed.initialize returns, or select on a model loaded without zero.Init and pass the selection on"

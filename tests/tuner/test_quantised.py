@@ -432,6 +432,19 @@ class TestForwardOnly:
         with pytest.raises(ValueError, match="up: forward='overlay' is not possible: a weight packed by ForwardOnly"):
             adapted(packed_net("gptq"), forward="overlay")
 
+    @pytest.mark.parametrize("score", ["grad_abs", "activation"])
+    def test_blocks_are_chosen_by_data_without_reading_a_weight(self, score):
+        net = packed_net("gptq")
+        plain = Net()
+        for name in ("up", "down"):
+            layer = getattr(net, name)
+            getattr(plain, name).weight.data = layer.qweight * layer.scales
+        config = SMTConfig(**{**SETTINGS, "score": score})
+        loss = lambda model, x: model(x).square().mean()  # noqa: E731
+        data = [probe(rows=16).detach()]
+        ours, theirs = (select_blocks(m, config, data, 1, loss_fn=loss, progress=False) for m in (net, plain))
+        assert ours == theirs
+
     def test_a_score_by_weights_names_the_module(self):
         with pytest.raises(ValueError, match="up: score='magnitude' reads the weight, which is stored as torch.int32"):
             adapted(packed_net("gptq"), score="magnitude")

@@ -153,3 +153,11 @@ class TestLayers:
 def test_nothing_matched_is_the_error_peft_raises():
     with pytest.raises(NoMatchingPeftModuleError, match="not found in the base model"):
         find_targets(tiny_llama(), SMTConfig(target_modules=["none"]))
+
+
+@pytest.mark.parametrize("kind", ["Embedding4bit", "Embedding8bit"])
+def test_a_quantised_embedding_is_refused(kind):
+    nn4 = pytest.importorskip("bitsandbytes").nn
+    model = nn.Sequential(getattr(nn4, kind)(64, 64).to("cpu"), nn.Linear(64, 8))
+    with pytest.raises(ValueError, match="Target module 0 is a quantised embedding .*exclude_modules"):
+        find_targets(model, SMTConfig(target_modules=["0"], density=0.1))

@@ -49,7 +49,7 @@ engines: $(KERNELS) $(ENGINES)
 # Without its dependencies but those named: PyTorch, which it asks for, is there.
 $(ENGINES): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(ENGINES) \
-		"deepspeed==0.19.8" hjson msgpack py-cpuinfo einops psutil
+		"deepspeed==0.19.8" hjson msgpack py-cpuinfo einops
 	touch $(ENGINES)
 
 $(PEFT_SUITE): $(READY)

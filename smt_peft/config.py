@@ -218,8 +218,8 @@ class SMTConfig(PeftConfig):
         return self.score not in DATA_FREE_SCORES
 
     def density_key(self, name: str) -> str | None:
-        """The key of `density_pattern` that the module matches, or None."""
-        pattern = get_pattern_key(self.density_pattern or {}, name)
+        """The key of `density_pattern` that the module matches, or None; an expert counts as its parameter."""
+        pattern = get_pattern_key(self.density_pattern or {}, name.partition("[")[0])
         return pattern if pattern in (self.density_pattern or {}) else None
 
     def grid(self, shape: tuple[int, int], name: str = "") -> BlockGrid:

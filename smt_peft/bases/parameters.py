@@ -80,7 +80,7 @@ class ParameterTarget:
         asked for is taken, and said. (An error would make one block_size for a whole model impossible.)
         """
         rows, cols = self.stored.shape[-2:]
-        one = config.grid((rows, cols), self.name.partition("[")[0])
+        one = config.grid((rows, cols), self.name)
         if self.stored.ndim == 2:
             return one
         height = next(height for height in range(one.block_rows, 0, -1) if rows % height == 0)

@@ -279,8 +279,8 @@ def _as_target(name: str, module: nn.Module, over_adapters: bool) -> Target:
         )
     if isinstance(module, nn.Embedding) and (not module.weight.is_floating_point() or is_packed(module)):
         raise ValueError(
-            f"Target module {name} is a quantised embedding ({type(module).__name__}), which SMT does not support; load "
-            "the model without quantising it, or add it to exclude_modules"
+            f"Target module {name} is a quantised embedding ({type(module).__name__}), which SMT does not support; "
+            "load the model without quantising it, or add it to exclude_modules"
         )
     if isinstance(module, NonDynamicallyQuantizableLinear):
         raise ValueError(

@@ -27,6 +27,7 @@ from .. import ops
 from ..blocks import BlockLayout
 from ..say import say
 from ..tuner.delta import SMTBlocks
+from ..tuner.experts import ParameterLayer
 from ..tuner.layer import SMTLayer
 from .merge import load_adapter
 
@@ -141,8 +142,10 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, SMTLayer]:
         raise ValueError(f"the model has no SMT adapter {adapter_name!r} to convert")
     for layer in layers.values():
         blocks = layer.smt_blocks[adapter_name]
-        if not isinstance(blocks, SMTBlocks) or blocks.grid.shape != (layer.out_features, layer.in_features):
+        bare = isinstance(layer, ParameterLayer)
+        if bare or not isinstance(blocks, SMTBlocks) or blocks.grid.shape != (layer.out_features, layer.in_features):
             kind = type(layer.get_base_layer()).__name__
+            kind = f"bare parameter of {kind}" if bare else kind
             raise ValueError(f"{layer.smt_name}: a {kind} has no LoRA form; merge the adapter instead")
     return layers
 

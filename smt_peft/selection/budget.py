@@ -166,7 +166,7 @@ def make_scopes(
         else:
             groups = _groups(list(shared), config.budget) if shared else {}
             scopes = [_scope(label, names, names, Fraction(1), grids, config) for label, names in groups.items()]
-        scopes += alone.values()
+        scopes += {id(scope): scope for scope in alone.values()}.values()
     for scope in scopes:
         if scope.budget > (available := scope.total(grids)):
             unit = "blocks" if scope.in_blocks else "weights"
@@ -212,7 +212,7 @@ def _groups(names: list[str], budget: str) -> dict[str, list[str]]:
 
 
 def _pattern_scopes(grids: Mapping[str, BlockGrid], config: SMTConfig) -> dict[str, Scope]:
-    """One scope for each module with a density of its own."""
+    """One scope for each module with a density of its own; the experts in one parameter share theirs."""
     owners = {name: pattern for name in grids if (pattern := config.density_key(name)) is not None}
     for pattern in config.density_pattern or ():
         if pattern not in owners.values():
@@ -220,10 +220,12 @@ def _pattern_scopes(grids: Mapping[str, BlockGrid], config: SMTConfig) -> dict[s
                 f"density_pattern[{pattern!r}] is the first to match none of the {len(grids)} targeted modules, such "
                 f"as {', '.join(list(grids)[:3])}; change the pattern or its place, or take the entry out"
             )
-    scopes = {}
-    for name, pattern in owners.items():
-        budget = math.floor(_exact(config.density_pattern[pattern]) * grids[name].numel)
-        scopes[name] = Scope(f"density_pattern[{pattern!r}], module {name}", [name], budget, False)
+    scopes: dict[str, Scope] = {}
+    for module in dict.fromkeys(name.partition("[")[0] for name in owners):
+        names = [name for name in owners if name.partition("[")[0] == module]
+        pattern = owners[names[0]]
+        budget = math.floor(_exact(config.density_pattern[pattern]) * sum(grids[name].numel for name in names))
+        scopes |= dict.fromkeys(names, Scope(f"density_pattern[{pattern!r}], module {module}", names, budget, False))
     return scopes
 
 

@@ -309,7 +309,7 @@ def _verify(run: Run, prepared: Prepared, trainer: SFTTrainer, directory: Path) 
     sequences = [rows[i]["input_ids"] for i in range(min(4, len(rows)))]
     selection, first = directory / outputs.SELECTION, trainer.is_world_process_zero()
     with all_or_none(first):
-        return verify_saved(trainer.model, sequences, run.config.model_name_or_path, selection, directory, first=first)
+        return verify_saved(trainer.model, sequences, run.config.model_name_or_path, selection, directory, first)
 
 
 def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any]) -> None:

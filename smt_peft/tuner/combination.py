@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from numbers import Real
 
 import torch
@@ -44,11 +44,14 @@ def check_combination(
         raise ValueError(f"there is an adapter {adapter_name} already; delete_adapter it first, or take another name")
 
 
-def combined_config(config: SMTConfig, grids: Mapping[str, BlockGrid], blocks: Mapping[str, Tensor]) -> SMTConfig:
-    """The config of an adapter of these blocks, in all else like `config`."""
+def combined_config(
+    config: SMTConfig, grids: Mapping[str, BlockGrid], blocks: Mapping[str, Tensor], parameters: Set[str]
+) -> SMTConfig:
+    """The config of an adapter of these blocks, in all else like `config`; `parameters` names bare parameters."""
     config = config.copy()
     config.selection = BlockSelection(dict(blocks), dict(grids))
-    config.target_modules, config.init_weights, config.awaits_weights = set(blocks), True, False
+    config.target_modules, config.target_parameters = blocks.keys() - parameters, sorted(blocks.keys() & parameters)
+    config.init_weights, config.awaits_weights = True, False
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern", "density_pattern"):
         setattr(config, field, None)
     config.block_pattern = config.base_fingerprint = config.filled_in = None

@@ -187,7 +187,8 @@ class SMTModel(BaseTuner):
                 sums[layer.smt_name] = weighted_sum(parts)
         grids = {name: grid for name, (grid, _, _) in sums.items()}
         blocks = {name: index.cpu() for name, (_, index, _) in sums.items()}
-        self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], grids, blocks)
+        bare = {layer.smt_name for layer in _layers_of(self.model) if isinstance(layer, ParameterLayer)}
+        self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], grids, blocks, bare)
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:

@@ -156,6 +156,18 @@ def test_a_budget_may_name_an_expert():
             assert (blocks[:, 0] < selection.grids[name].row_stripes // 4).all()
 
 
+def test_a_parameter_may_have_a_density_of_its_own():
+    """Which its experts share."""
+    settings = {"score": "grad_abs", "density": 0.1, "density_pattern": {"gate_up_proj": 0.4}}
+    for block_size in (8, "auto"):
+        wanted = config(**settings, block_size=block_size)
+        selection = select_blocks(tiny_mixtral(), wanted, BATCHES[:1], progress=False)
+        for name, blocks in selection.blocks.items():
+            share = selection.grids[name].effective_numel(blocks) / selection.grids[name].numel
+            assert share == pytest.approx(0.4 if "gate_up" in name else 0.1, abs=0.03)
+            assert selection.grids[name].block_shape == ((8, 8) if "gate" in name or block_size == 8 else (4, 4))
+
+
 def test_one_dense_gradient_of_one_expert_at_a_time(monkeypatch):
     largest = []
     real = warmup.GradientScore.add

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, Llama4ForCausalLM
 from smt_peft import BlockSelection, SMTConfig, ops
 from smt_peft.bases.stand_in import StandIn
 from smt_peft.blocks import BlockGrid
+from smt_peft.export.lora import convert_to_lora
 from smt_peft.ops import swap
 from smt_peft.optim import SMTAdamW
 from smt_peft.tuner.experts import ParameterLayer, ParamWrapper
@@ -587,6 +588,21 @@ class TestAdapters:
         torch.testing.assert_close(model(**batch()).logits, plain(**batch()).logits, rtol=1e-4, atol=1e-5)
         model(**batch()).loss.backward()
         assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+    def test_a_weighted_sum_of_two(self):
+        model = adapted(tiny_mixtral(), target_modules=["q_proj"]).eval()
+        model.add_adapter("other", SMTConfig(**{**SETTINGS, "seed": 1, "target_parameters": EXPERTS[:1]}))
+        model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum")
+        for layer in layers(model).values():
+            parts = [(0.5, "default"), (-2.0, "other")]
+            expected = sum(f * layer.get_delta_weight(name).double() for f, name in parts if name in layer.smt_blocks)
+            torch.testing.assert_close(layer.get_delta_weight("sum").double(), expected, rtol=1e-6, atol=1e-8)
+        assert model.peft_config["sum"].target_parameters
+
+    def test_there_is_no_lora_form(self):
+        for name in ("experts.down_proj", "q_proj.weight"):
+            with pytest.raises(ValueError, match="bare parameter of .* has no LoRA form"):
+                convert_to_lora(adapted(tiny_mixtral(), target_parameters=[name]), "exact")
 
     def test_rows_of_a_batch_cannot_have_their_own(self):
         model = adapted(tiny_mixtral()).eval()

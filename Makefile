@@ -1,4 +1,4 @@
-# make demo | test | engines | peft-suite | style | check | bench | clean: each sets up what it needs in .venv first.
+# make demo | test | quantised | engines | peft-suite | style | check | bench | clean: each sets up what it needs first.
 # make gpu: on a GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in a place of its own.
 PYTHON ?= python3
 VENV := $(if $(PEFT),build/peft-$(PEFT),.venv)
@@ -16,9 +16,12 @@ export OMP_WAIT_POLICY := PASSIVE
 # machine, with these 0.80 s (two cores, 2026-11). Other C libraries than glibc from 2.35 on ignore it.
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 
+# Libraries apart from .venv: importing Transformers or PEFT imports each of these that can be found, at every start,
+# which takes seconds, and some print what they lack on a machine without a GPU.
+QUANTISED := $(if $(PEFT),$(VENV),build)/quantised
 ENGINES := build/engines
 
-.PHONY: setup demo test engines peft-suite style check bench gpu clean
+.PHONY: setup demo test quantised engines peft-suite style check bench gpu clean
 
 setup: $(KERNELS)
 
@@ -41,12 +44,21 @@ demo: $(KERNELS)
 test: $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/engines
 
+# What `make test` skips: bitsandbytes, torchao and HQQ on the CPU.
+quantised: $(KERNELS) $(QUANTISED)
+	PYTHONPATH=$(abspath $(QUANTISED)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile \
+		tests/bases tests/ops/test_overlay.py tests/tuner/test_quantised.py tests/export tests/training/test_quantised_run.py
+
+$(QUANTISED): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(QUANTISED) \
+		"bitsandbytes>=0.48" "torchao>=0.14" "hqq>=0.2.8" termcolor einops
+	touch $(QUANTISED)
+
 # Two processes each: DDP, FSDP and DeepSpeed ZeRO on the CPU.
 engines: $(KERNELS) $(ENGINES)
 	PYTHONPATH=$(abspath $(ENGINES)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/engines
 
-# Apart from the other packages: where DeepSpeed can be imported, every import of Transformers imports it, for seconds.
-# Without its dependencies but those named: PyTorch, which it asks for, is there.
+# Without DeepSpeed's dependencies but those named: PyTorch, which it asks for, is there.
 $(ENGINES): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(ENGINES) \
 		"deepspeed==0.19.8" hjson msgpack py-cpuinfo einops
@@ -57,8 +69,8 @@ $(PEFT_SUITE): $(READY)
 	touch $(PEFT_SUITE)
 
 # PEFT's own tests with SMT put in; see tests/peft_suite/README.md. ARGS: files of PEFT's tests, options of pytest.
-peft-suite: $(KERNELS) $(PEFT_SUITE)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_suite/run.py $(ARGS)
+peft-suite: $(KERNELS) $(PEFT_SUITE) $(QUANTISED)
+	PYTHONPATH=$(abspath $(QUANTISED)) OMP_NUM_THREADS=1 $(BIN)/python tests/peft_suite/run.py $(ARGS)
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

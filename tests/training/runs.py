@@ -37,7 +37,8 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 def smt(*arguments: str) -> subprocess.CompletedProcess:
     """The real command line, in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "smt_peft.cli", *map(str, arguments)],
         capture_output=True,

@@ -73,6 +73,9 @@ def borrowed(model: nn.Module, seed: int, checkpointing: bool) -> Iterator[nn.Mo
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for module in base.modules():
+            if hasattr(module, "_disable_adapters"):
+                # Also where the adapters were put into the model itself, which has no switch of a `PeftModel`.
+                _set(stack, module, "_disable_adapters", True)
             active = checkpointing and getattr(module, "gradient_checkpointing", False) is True
             _set(stack, module, "training", active)
             if active:

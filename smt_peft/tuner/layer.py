@@ -171,12 +171,22 @@ class SMTLayer(BaseTunerLayer):
             layer._unmerge_one(adapter)
 
     def _unmerge_one(self, adapter: str) -> None:
-        weight = self.weight_view().data
-        layout, original = self._originals.pop(adapter)
+        self._put_originals(self.weight_view().data, adapter)
+        del self._originals[adapter]
+        self.merged_adapters.remove(adapter)
+
+    def _put_originals(self, weight: Tensor, adapter: str) -> None:
+        layout, original = self._originals[adapter]
         if layout.blocks.device != weight.device:
             layout = BlockLayout(layout.grid, layout.blocks.to(weight.device))
         ops.block_scatter_(weight, original.to(weight.device), layout)
-        self.merged_adapters.remove(adapter)
+
+    def unmerged_weight(self) -> Tensor:
+        """A copy of the base weight, `(out_features, in_features)`, without what is merged into it."""
+        weight = self.weight_view().detach().clone()
+        for layer, adapter in reversed(self._merges):
+            layer._put_originals(weight, adapter)
+        return weight
 
     def heal(self) -> None:
         """Put the base back if an interrupt cut a swap off; see `ops.swap`."""

@@ -151,8 +151,9 @@ class SMTModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if hasattr(new_module, "base_layer"):
-            if is_offloaded(new_module.get_base_layer()):
-                # PEFT would send the blocks to where the weight is between calls: the meta device.
+            if is_offloaded(new_module.get_base_layer()) or _awaits_values(new_module):
+                # PEFT would send the blocks to where the weight is between calls: the meta device; or, of an 8-bit
+                # layer of bitsandbytes, blocks without values from there.
                 setattr(parent, child_name, new_module)
             else:
                 super()._replace_module(parent, child_name, new_module, child)
@@ -281,6 +282,7 @@ class SMTModel(BaseTuner):
         if not any(layer.merged or why_absent(layer.stored_weight()) for layer in layers.values()):
             config.base_fingerprint = fingerprint({name: layer.evidence() for name, layer in layers.items()})
             config.base_quantization = quantization_of(model)
+        _unmerge_tables(model, state_dict)
         tensors = super()._get_adapter_state_dict(
             PlainNames(model), config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -363,6 +365,24 @@ def _blocks_of(model: nn.Module, adapter_name: str) -> dict[str, SMTBlocks]:
         for name, module in named
         if isinstance(module, SMTBlocks) and name.endswith(f"smt_blocks.{adapter_name}")
     }
+
+
+def _awaits_values(module: nn.Module) -> bool:
+    """Whether blocks are on the meta device until their file is read (`low_cpu_mem_usage`)."""
+    return any(blocks.weight.is_meta for blocks in module.modules() if isinstance(blocks, SMTBlocks))
+
+
+def _unmerge_tables(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """PEFT saves targeted embeddings whole, beside the blocks: without what is merged, or it would count twice."""
+    merged = {id(layer.stored_weight()): layer for layer in _layers_of(model) if layer._merges}
+    if not merged or not hasattr(model, "get_input_embeddings"):
+        return
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = [table.get_base_layer() if isinstance(table, SMTLayer) else table for table in tables]
+    for name, module in model.named_modules():
+        key = f"{plain_name(name)}.weight"
+        if key in state_dict and any(module is table for table in tables) and id(module.weight) in merged:
+            state_dict[key] = merged[id(module.weight)].unmerged_weight().to(state_dict[key])
 
 
 def _check_file(tensors: dict[str, Tensor], blocks: dict[str, SMTBlocks]) -> None:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import tiny_gpt2, tiny_llama
+from mixtures import EXPERTS, tiny_mixtral
 from peft import LoraConfig, get_peft_model
 from test_warmup import BATCHES, EVERY, raising_loader, select
 from torch.utils.data import DataLoader
@@ -131,3 +132,27 @@ def test_peft_model_is_scored_without_its_adapter():
     model.merge_adapter()
     with pytest.raises(ValueError, match="q_proj: an adapter is merged .*unmerge_adapter"):
         select(model)
+
+
+@pytest.mark.parametrize("score", ["grad_abs", "activation"])
+def test_a_model_with_an_adapter_inside_is_scored_without_it(score):
+    config = SMTConfig(
+        target_modules=["q_proj", "embed_tokens"] if score == "grad_abs" else ["q_proj"],
+        target_parameters=EXPERTS,
+        density=0.2,
+        block_size=8,
+        score=score,
+    )
+    torch.manual_seed(1)
+    model = tiny_mixtral().eval()
+    plain = select_blocks(model, config, BATCHES, 2, keep_scores=True, progress=False)
+    model.add_adapter(
+        SMTConfig(
+            target_modules=["q_proj", "embed_tokens"], target_parameters=EXPERTS, score="random", init_weights=False
+        )
+    )
+    on = model(**BATCHES[0]).loss
+    again = select_blocks(model, config, BATCHES, 2, keep_scores=True, progress=False)
+    for name, scores in plain.scores.items():
+        assert torch.equal(again.scores[name], scores), name
+    assert torch.equal(model(**BATCHES[0]).loss, on), "the adapter is on again"

@@ -301,15 +301,18 @@ class TestTied:
 
 def test_saved_and_reloaded_in_a_fresh_process(tmp_path):
     paths = []
-    for tied, which, saving in itertools.product([False, True], TIED, ["auto", False]):
-        path = tmp_path / f"{tied}-{which}-{saving}"
+    for tied, which, saving, merged in itertools.product([False, True], TIED, ["auto", False], [False, True]):
+        path = tmp_path / f"{tied}-{which}-{saving}-{merged}"
         tiny_llama(tied=tied).save_pretrained(path / "base")
         base = AutoModelForCausalLM.from_pretrained(path / "base")
         config = SMTConfig(**SETTINGS, target_modules=TIED[which])
         config.selection = select_blocks(base, config, None)
         model = get_peft_model(base, config).eval()
-        model.save_pretrained(path / "adapter", save_embedding_layers=saving)
         torch.save({"batch": batch(), "logits": model(**batch()).logits.detach()}, path / "expected.pt")
+        if merged:
+            # The table is saved whole, beside the blocks: what is merged into it would be added twice.
+            model.merge_adapter()
+        model.save_pretrained(path / "adapter", save_embedding_layers=saving)
         paths.append(str(path))
     code = """
 import sys, torch, smt_peft

@@ -407,6 +407,14 @@ def _holding(weight, layer):
     return linear
 
 
+@pytest.mark.parametrize("kind", DEQUANTISABLE)
+def test_an_adapter_is_loaded_without_being_made_first(kind, tmp_path):
+    model = adapted(packed_net(kind)).eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(packed_net(kind), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(again(probe()), model(probe()))
+
+
 class TestForwardOnly:
     def test_trains_saves_and_reloads(self, tmp_path):
         net = packed_net("gptq")

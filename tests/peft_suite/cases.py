@@ -8,7 +8,7 @@ from smt_peft import SMTConfig
 FEW = {"block_size": 2, "num_blocks": 3, "budget": "per_module", "score": "magnitude"}
 LIN0 = {"target_modules": ["lin0"]}
 BOTH = {"target_modules": ["lin0", "lin1"]}
-WEIGHT0, WEIGHT1 = ({"target_parameters": [f"lin{i}.weight"]} for i in range(2))
+WEIGHT0, WEIGHT1 = ({"target_modules": [], "target_parameters": [f"lin{i}.weight"]} for i in range(2))
 RANDOM = {"init_weights": False}
 
 # What SMTConfig offers, one case each, on a perceptron of 10 -> 20 -> 2: `{name: settings}`.
@@ -40,9 +40,9 @@ CUSTOM += [
     ("SMT Conv1D", "EmbConv1D", SMTConfig, {**FEW, "target_modules": ["conv1d"]}),
     ("SMT beside a convolution", "Conv2d", SMTConfig, {**FEW, "target_modules": ["lin0"]}),
     ("SMT in an attention", "MHA", SMTConfig, {**FEW, "target_modules": ["lin0"]}),
-    ("SMT embedding", "EmbConv1D", SMTConfig, {**FEW, "target_modules": ["emb"]}),
+    ("SMT embedding", "EmbConv1D", SMTConfig, {**FEW, "target_modules": ["emb"], "num_blocks": 100}),
     ("SMT embedding beside Conv1D", "EmbConv1D", SMTConfig, {**FEW, "target_modules": ["emb", "conv1d"]}),
-    ("SMT parameter", "MlpUsingParameters", SMTConfig, {**FEW, "target_parameters": ["lin0.weight"]}),
+    ("SMT parameter", "MlpUsingParameters", SMTConfig, {**FEW, **WEIGHT0}),
     ("SMT module and parameter", "MLP", SMTConfig, {**LIN0, **FEW, "target_parameters": ["lin1.weight"]}),
 ]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,6 +108,10 @@ def test_save_and_load_round_trip(tmp_path):
     assert loaded.provenance == {"score": "grad_abs", "num_batches": 3}
     assert torch.equal(loaded.scores["a"], made.scores["a"])
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["s.safetensors"]
+    code = "import sys; from smt_peft import BlockSelection; BlockSelection.load(sys.argv[1]).save(sys.argv[2])"
+    files = tmp_path / "deep" / "s.safetensors", tmp_path / "again.safetensors"
+    subprocess.run([sys.executable, "-c", code, *map(str, files)], check=True)
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_equality_and_set_operations():

@@ -1,8 +1,8 @@
-"""Which modules of a model a config names, and how their weights are laid out."""
+"""Which modules of a model a config names."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -15,116 +15,19 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEF
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks import BlockGrid
 from ..config import SMTConfig
 from ..say import once
-from .fingerprint import Weight
-from .packed import format_of, is_packed, stored
+from .packed import is_packed
 from .parameters import ParameterTarget, check_unreached, find_parameters, stacked_names
-from .sharded import is_dtensor
+from .target import Target, is_supported
 
 # What PEFT puts around a module; the module is named by its outer name, whatever lies inside.
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-
-
-@dataclass(frozen=True)
-class Target:
-    """One module a config names. The weight of an embedding is a `(num_embeddings, embedding_dim)` matrix.
-
-    Args:
-        name: as in `model.named_modules()`.
-        module: the base layer itself, also where an SMT layer already wraps it.
-        transposed: whether the layer stores its weight as `(in_features, out_features)`, as GPT-2's `Conv1D` does.
-        is_merged: whether an adapter is merged into the weight, which then is not the base's.
-    """
-
-    name: str
-    module: nn.Module
-    transposed: bool
-    is_merged: bool = False
-
-    @property
-    def stored(self) -> Tensor:
-        """The weight as the layer stores it."""
-        return stored(self.module)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as an `(out_features, in_features)` view; a packed one as it is stored."""
-        weight = self.stored
-        return weight.t() if self.transposed else weight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(out_features, in_features)`, as the layer states them: a packed weight may have another shape."""
-        module = self.module
-        if self.is_table:
-            return module.num_embeddings, module.embedding_dim
-        return (module.nf, module.nx) if self.transposed else (module.out_features, module.in_features)
-
-    def grid(self, config: SMTConfig) -> BlockGrid:
-        """The tiling of the weight under the config's `block_size`."""
-        return config.grid(self.shape, self.name)
-
-    def matrices(self) -> list[Target]:
-        """The matrices among which blocks are chosen; see `ParameterTarget.matrices`."""
-        return [self]
-
-    @property
-    def is_table(self) -> bool:
-        """Whether the weight is looked up by row, not multiplied."""
-        return isinstance(self.module, nn.Embedding)
-
-    @property
-    def has_plain_weight(self) -> bool:
-        """Whether the weight is stored element by element in 16 bits or more, so that its values can be read."""
-        weight = self.weight
-        plain = weight.is_floating_point() and weight.dtype.itemsize >= 2 and weight.ndim == 2
-        return plain and tuple(weight.shape) == self.shape and not is_packed(self.module)
-
-    @property
-    def is_readable(self) -> bool:
-        """Whether `read` can give the weight's values."""
-        packed = format_of(self.module)
-        return self.has_plain_weight if packed is None else packed.why_not_read(self.module) is None
-
-    def read(self) -> Tensor:
-        """The weight in floats, `(out_features, in_features)`: the one above, or a quantised one dequantised.
-
-        Raises:
-            ValueError: a quantised weight cannot be dequantised.
-        """
-        packed = format_of(self.module)
-        if packed is not None:
-            return packed.read(self.module)
-        return self.weight.full_tensor() if is_dtensor(self.weight) else self.weight
-
-    @property
-    def evidence(self) -> Weight:
-        """What a fingerprint is taken of."""
-        return evidence_of(self.module, self.weight)
-
-
-def is_supported(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) or is_packed(module)
-
-
-def evidence_of(module: nn.Module, weight: Tensor) -> Weight:
-    """What a fingerprint is taken of: `weight` as it is, or what dequantises it where it is packed."""
-    packed = format_of(module)
-    if packed is None or packed.why_not_read(module):
-        return weight
-
-    def dequantised() -> tuple[Tensor, Tensor]:
-        values = packed.read(module)
-        return values, packed.half_step(module, values)
-
-    return dequantised
 
 
 def find_targets(
@@ -147,11 +50,25 @@ def find_targets(
             trained in full or by token rows, or carries an adapter of another method; or a name matches a bare
             parameter only.
     """
+    named = dict(_named(model, config))
+    # A saved adapter's config lists what `all-linear` stood for.
+    if _is_all_linear(config) or config.block_pattern:
+        named = _called(named)
+    targets = {name: _as_target(name, module, over_adapters) for name, module in named.items()}
+    check_unreached(model, config, targets)
+    _tell_unmatched(model, config)
+    parameters = find_parameters(model, config, targets) if config.target_parameters else {}
+    if not targets and (config.target_modules or not parameters):
+        raise NoMatchingPeftModuleError(_nothing_matched(model, config))
+    _check_token_rows(model, config, targets)
+    return targets | parameters
+
+
+def _named(model: nn.Module, config: SMTConfig) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that PEFT's matcher finds, the head that `all-linear` leaves out not among them."""
     everything = _is_all_linear(config)
     resolved = _resolved(model, config)
     head = _output_head(model) if everything else None
-    targets: dict[str, Target] = {}
-    uncalled: list[str] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not name or name.startswith(inside):
@@ -161,25 +78,19 @@ def find_targets(
             matched = _lies_in_layers(name, config)
         if isinstance(module, _WRAPPERS):
             inside += (name + ".",)
-        if not matched or isinstance(matched, _ExcludedModule) or module is head:
-            continue
-        if isinstance(module, NonDynamicallyQuantizableLinear) and (everything or config.block_pattern):
-            # A saved adapter's config lists what `all-linear` stood for.
-            uncalled.append(name)
-            continue
-        targets[name] = _as_target(name, module, over_adapters)
+        if matched and not isinstance(matched, _ExcludedModule) and module is not head:
+            yield name, module
+
+
+def _called(named: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those that their model calls, as it is by a call that blocks take part; of the others one line tells."""
+    uncalled = [name for name, module in named.items() if isinstance(module, NonDynamicallyQuantizableLinear)]
     if uncalled:
         once(
             f"{uncalled[0]} is left out{f', and {len(uncalled) - 1} more like it' * (len(uncalled) > 1)}: "
             "nn.MultiheadAttention takes its weight without calling it, so blocks of it would not train"
         )
-    check_unreached(model, config, targets)
-    _tell_unmatched(model, config)
-    parameters = find_parameters(model, config, targets) if config.target_parameters else {}
-    if not targets and (config.target_modules or not parameters):
-        raise NoMatchingPeftModuleError(_nothing_matched(model, config))
-    _check_token_rows(model, config, targets)
-    return targets | parameters
+    return {name: module for name, module in named.items() if name not in uncalled}
 
 
 def _tell_unmatched(model: nn.Module, config: SMTConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..bases.sharded import is_offloaded, present
-from ..bases.targets import Target
+from ..bases.target import Target
 from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
 from ..say import once

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..bases.parameters import ParameterTarget
 from ..bases.stand_in import StandIn, replaced
-from ..bases.targets import Target
+from ..bases.target import Target
 from ..blocks import BlockGrid, BlockSelection
 from .guard import _set
 from .scores import ActivationScore

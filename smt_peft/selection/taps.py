@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..bases.parameters import ParameterTarget
-from ..bases.targets import Target
+from ..bases.target import Target
 from .experts import parameters_tapped
 from .scores import ActivationScore, GradientScore
 from .tables import look_ups_tapped

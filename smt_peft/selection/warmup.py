@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ..bases.fingerprint import fingerprint
 from ..bases.sharded import execution_device, is_offloaded, is_sharded, plain_name, why_absent
-from ..bases.targets import Target, find_targets
+from ..bases.target import Target
+from ..bases.targets import find_targets
 from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
 from ..say import say

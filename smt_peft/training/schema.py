@@ -271,8 +271,9 @@ def _check_quantisation(good: Mapping[str, Any], errors: Errors) -> None:
         errors.add("load_in_8bit", "load_in_8bit and load_in_4bit are both set; keep one of them")
     elif asked and find_spec("bitsandbytes") is None:
         errors.add(asked[0], f"{asked[0]} needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
-        if good.get(key) and "load_in_4bit" not in asked:
+    # The defaults pass: the resolved keys of a run, which is read again, hold them.
+    for key, default in (("bnb_4bit_quant_type", "nf4"), ("bnb_4bit_use_double_quant", False)):
+        if good.get(key, default) != default and "load_in_4bit" not in asked:
             errors.add(key, f"{key} has no effect without load_in_4bit: true; set that, or leave the key out")
 
 

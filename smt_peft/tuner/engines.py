@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..bases.sharded import is_dtensor, plain_name, present
-from ..bases.targets import Target
+from ..bases.target import Target
 from .delta import SMTBlocks
 
 # Dimensions of a mesh over which FSDP2 shards or replicates; a mesh of `fully_shard` itself has no names.

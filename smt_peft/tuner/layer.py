@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import ops
 from ..bases.fingerprint import Weight
 from ..bases.sharded import execution_device, is_offloaded, present
-from ..bases.targets import evidence_of
+from ..bases.target import evidence_of
 from ..blocks import BlockGrid, BlockLayout
 from ..config import SMTConfig
 from ..say import once

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..bases.fingerprint import Sample, Weight, fingerprint, mismatch
-from ..bases.targets import Target, find_targets
+from ..bases.target import Target
+from ..bases.targets import find_targets
 from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
 from ..say import say

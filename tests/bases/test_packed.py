@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from smt_peft import SMTConfig
 from smt_peft.bases.fingerprint import fingerprint, mismatch
 from smt_peft.bases.packed import format_of, is_packed, quantization_of, stored, unpacked_numel
-from smt_peft.bases.targets import evidence_of
+from smt_peft.bases.target import evidence_of
 
 
 def linear(rows=48, cols=32, seed=0, dtype=torch.float32):

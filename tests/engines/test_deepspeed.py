@@ -48,6 +48,7 @@ def test_losses_and_adapter_are_those_of_one_process(out, engine, truth, single)
 
 @pytest.mark.parametrize("engine", FORWARDS)
 def test_saved_adapter_is_whole_and_the_base_untouched(out, engine):
+    """peft#2450, trl#4416: what engines keep in parts was saved as empty tensors."""
     found = told(out, engine)
     assert found["keys_missing"] == found["keys_extra"] == found["base_changed"] == []
     saved = load_file(out / engine / "adapter" / "adapter_model.safetensors")

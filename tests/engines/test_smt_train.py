@@ -12,9 +12,10 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from helpers import save_tiny_model
 from launch import HERE, ROOT, torchrun
 from safetensors.torch import load_file
-from training.runs import Workshop, save_tiny_model, smt, write_jsonl
+from training.runs import Workshop, smt, write_jsonl
 
 CONFIGS = ROOT / "configs" / "accelerate"
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed; see `make engines`")

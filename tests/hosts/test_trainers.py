@@ -167,7 +167,8 @@ def test_the_plain_trainer_over_an_adapter_of_transformers(model, tokenizer, tmp
 
 @pytest.mark.parametrize("adapter_name", ["default", "french"])
 def test_a_trainer_resumes_as_if_it_had_not_stopped(directory, tokenizer, tmp_path, adapter_name):
-    """Losses, blocks and optimizer state of 4 steps + 4 resumed steps are those of 8 steps, under any adapter name."""
+    """Losses, blocks and optimizer state of 4 steps + 4 resumed steps are those of 8 steps, under any adapter name:
+    transformers#28531."""
 
     def run(output, resume=False):
         torch.manual_seed(0)

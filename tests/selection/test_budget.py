@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from smt_peft.bases.targets import Target
+from smt_peft.bases.target import Target
 from smt_peft.blocks import BlockGrid
 from smt_peft.config import SMTConfig
 from smt_peft.selection import select_without_data, spread

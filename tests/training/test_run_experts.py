@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import torch
+from helpers import byte_tokenizer
 from mixtures import EXPERTS, tiny_mixtral
-from runs import byte_tokenizer, smt
+from runs import smt
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.training.compare import lora_config

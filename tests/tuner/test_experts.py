@@ -831,6 +831,8 @@ print("equal")
 
 
 class TestTargetsThatWouldStayFrozen:
+    """unsloth#11014: silently untrained experts are worse than an error."""
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [

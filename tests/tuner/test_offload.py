@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from helpers import batch, tiny_llama
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
@@ -71,12 +74,29 @@ def test_training_and_saving_give_what_the_plain_model_gives(there, tmp_path):
     expected, found = get_peft_model_state_dict(plain), get_peft_model_state_dict(ours)
     assert expected.keys() == found.keys() and all(torch.equal(expected[key], found[key]) for key in expected)
     ours.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
-    ids = {"input_ids": batch()["input_ids"]}
+    base().save_pretrained(tmp_path / "base")
     with torch.no_grad():
-        torch.testing.assert_close(again(**ids).logits, ours.eval()(**ids).logits, rtol=0, atol=1e-6)
-        loaded = PeftModel.from_pretrained(offloaded("cpu", tmp_path), tmp_path / "adapter").eval()
-        assert torch.equal(loaded(**ids).logits, ours(**ids).logits)
+        torch.save({"batch": batch(), "logits": ours.eval()(**batch()).logits}, tmp_path / "expected.pt")
+    done = subprocess.run([sys.executable, "-c", RELOAD, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("equal"), done.stderr
+
+
+# Onto the plain base, and onto one that is offloaded again: the same operations there, so the same bits.
+RELOAD = """
+import sys, torch, smt_peft
+from accelerate import cpu_offload
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+expected = torch.load(sys.argv[1] + "/expected.pt")
+for again in (False, True):
+    base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/base", attn_implementation="eager")
+    base = cpu_offload(base, execution_device=torch.device("cpu")) if again else base
+    model = PeftModel.from_pretrained(base, sys.argv[1] + "/adapter").eval()
+    with torch.no_grad():
+        logits = model(**expected["batch"]).logits
+    torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=0 if again else 1e-6)
+print("equal")
+"""
 
 
 @pytest.mark.parametrize("score", ["grad_abs", "grad_sum_abs", "activation", "magnitude"])

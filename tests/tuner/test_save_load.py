@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from helpers import batch, tiny_gpt2, tiny_llama
-from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,9 +25,11 @@ def trained(base, **settings):
     return model.eval()
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
     """A base checkpoint, an adapter on it, and the logits of both together."""
+    tmp_path = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
     base = tiny_llama()
     base.save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -33,6 +37,14 @@ def saved(tmp_path):
     model = trained(base, budget="global", spread="free")
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path, model(**batch()).logits.detach()
+
+
+@pytest.fixture
+def saved(pristine, tmp_path):
+    """The same, for a test to damage."""
+    path, logits = pristine
+    shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+    return tmp_path, logits
 
 
 def test_the_files_are_pefts_own_layout(saved):
@@ -63,78 +75,107 @@ def test_the_model_card_says_what_to_import(saved):
     assert "KeyError: 'SMT'" in done.stderr
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_from_pretrained(saved, low_cpu_mem_usage):
-    path, logits = saved
-    base = AutoModelForCausalLM.from_pretrained(path / "base")
-    model = PeftModel.from_pretrained(base, path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(model(**batch()).logits, logits)
-    assert not any(p.requires_grad for p in model.parameters())
+# In a process of its own, every road by which an adapter gets into a model, and what must hold at its end.
+ROADS = """
+import sys
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+import smt_peft
+
+directory = sys.argv[1]
+adapter, expected = directory + "/adapter", torch.load(directory + "/expected.pt")
 
 
-def test_other_roads_in(saved):
-    path, logits = saved
-    tensors = load_file(path / "adapter" / "adapter_model.safetensors")
-    config = PeftConfig.from_pretrained(path / "adapter")
-    injected = inject_adapter_in_model(config, AutoModelForCausalLM.from_pretrained(path / "base"))
-    set_peft_model_state_dict(injected, tensors)
-    assert torch.equal(injected.eval()(**batch()).logits, logits)
-
-    loaded = AutoModelForCausalLM.from_pretrained(path / "base")
-    loaded.load_adapter(str(path / "adapter"))
-    assert torch.equal(loaded.eval()(**batch()).logits, logits)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(path / "adapter").eval()(**batch()).logits, logits)
+def base(**settings):
+    return AutoModelForCausalLM.from_pretrained(directory + "/base", **settings)
 
 
-def test_reload_in_a_fresh_process(saved):
-    path, logits = saved
-    torch.save({"batch": batch(), "logits": logits}, path / "expected.pt")
-    code = """
-import sys, torch, smt_peft
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1] + "/adapter").eval()
-expected = torch.load(sys.argv[1] + "/expected.pt")
-assert torch.equal(model(**expected["batch"]).logits, expected["logits"])
-print("equal")
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
-    assert done.stdout.strip().endswith("equal"), done.stderr
+def logits(model):
+    return model.eval()(**expected["batch"]).logits
 
 
-def test_training_goes_on_after_loading(saved):
-    path, _ = saved
-    base = AutoModelForCausalLM.from_pretrained(path / "base")
-    model = PeftModel.from_pretrained(base, path / "adapter", is_trainable=True).train()
-    model(**batch()).loss.backward()
-    grads = [p.grad for p in model.parameters() if p.requires_grad]
-    assert grads and all(grad is not None for grad in grads)
+def arrives(model):
+    return torch.equal(logits(model), expected["logits"])
 
 
-def test_a_bf16_copy_of_the_base_is_still_the_base(saved):
-    path, logits = saved
-    base = AutoModelForCausalLM.from_pretrained(path / "base", dtype=torch.bfloat16)
-    model = PeftModel.from_pretrained(base, path / "adapter")
-    assert torch.allclose(model(**batch()).logits.float(), logits, atol=0.05)
+def peft_model():
+    model = PeftModel.from_pretrained(base(), adapter)
+    return arrives(model) and not any(p.requires_grad for p in model.parameters())
 
 
-def test_a_second_adapter_is_loaded_and_deleted(saved):
-    path, logits = saved
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path / "base"), path / "adapter", "first")
-    model.load_adapter(path / "adapter", "second")
+def peft_model_through_meta():
+    return arrives(PeftModel.from_pretrained(base(), adapter, low_cpu_mem_usage=True))
+
+
+def auto_peft_model():
+    return arrives(AutoPeftModelForCausalLM.from_pretrained(adapter))
+
+
+def injected():
+    model = inject_adapter_in_model(PeftConfig.from_pretrained(adapter), base())
+    set_peft_model_state_dict(model, load_file(adapter + "/adapter_model.safetensors"))
+    return arrives(model)
+
+
+def transformers():
+    model = base()
+    model.load_adapter(adapter)
+    return arrives(model)
+
+
+def auto_model():
+    return arrives(AutoModelForCausalLM.from_pretrained(adapter))
+
+
+def a_second_adapter_and_the_first_deleted():
+    model = PeftModel.from_pretrained(base(), adapter, "first")
+    model.load_adapter(adapter, "second")
     model.delete_adapter("first")
     model.set_adapter("second")
-    assert torch.equal(model(**batch()).logits, logits)
+    return arrives(model)
+
+
+def a_bf16_copy_of_the_base():
+    model = PeftModel.from_pretrained(base(dtype=torch.bfloat16), adapter)
+    return torch.allclose(logits(model).float(), expected["logits"], atol=0.05)
+
+
+def to_go_on_training():
+    model = PeftModel.from_pretrained(base(), adapter, is_trainable=True).train()
+    model(**expected["batch"]).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return len(trained) > 0 and all(p.grad is not None for p in trained)
+
+
+print("arrived:", *(name for name in sys.argv[2:] if globals()[name]()))
+"""
+NAMES = re.findall(r"def (\w+)\(\):", ROADS)
+
+
+@pytest.fixture(scope="module")
+def arrived(pristine):
+    path, logits = pristine
+    torch.save({"batch": batch(), "logits": logits}, path / "expected.pt")
+    done = subprocess.run([sys.executable, "-c", ROADS, str(path), *NAMES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.rpartition("arrived:")[2].split()
+
+
+@pytest.mark.parametrize("road", NAMES)
+def test_what_was_saved_arrives_in_a_fresh_process(arrived, road):
+    assert road in arrived
 
 
 def test_modules_to_save_and_gpt2(tmp_path):
     base = tiny_gpt2().eval()
-    state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    base.save_pretrained(tmp_path / "base")
     model = trained(base, modules_to_save=["ln_f"])
-    logits = model(**batch()).logits
-    model.save_pretrained(tmp_path)
-    again = tiny_gpt2().eval()
-    again.load_state_dict(state)
-    assert torch.equal(PeftModel.from_pretrained(again, tmp_path)(**batch()).logits, logits)
+    model.save_pretrained(tmp_path / "adapter")
+    torch.save({"batch": batch(), "logits": model(**batch()).logits}, tmp_path / "expected.pt")
+    done = subprocess.run([sys.executable, "-c", ROADS, str(tmp_path), "peft_model"], capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "peft_model", done.stderr
 
 
 class TestWrongBase:

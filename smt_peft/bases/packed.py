@@ -14,7 +14,12 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, HqqBackend, resolve_quantization_backend
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    HqqBackend,
+    QuantizationBackend,
+    resolve_quantization_backend,
+)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -24,6 +29,10 @@ from ..say import once
 _STORES = ("qweight", "W_q", "codes")
 # bitsandbytes repacks 4-bit weights for such CPUs in evaluation; see `keep_exact`.
 REPACKS = "support_avx512bf16_for_cpu"
+_UNKNOWN_CONFIG = (
+    "how torchao quantised it is not known; load the model through transformers with a TorchAoConfig, "
+    "which records that"
+)
 
 
 class Format:
@@ -31,6 +40,10 @@ class Format:
 
     def __init__(self, name: str):
         self.name = name
+
+    def backend(self, layer: nn.Module) -> QuantizationBackend | None:
+        """What PEFT has for this library; None where it does not know it."""
+        return resolve_quantization_backend(layer)
 
     def why_not_read(self, layer: nn.Module) -> str | None:
         """Why the weight's values cannot be had."""
@@ -257,6 +270,13 @@ class Torchao(Format):
         super().__init__("torchao")
         self.get_config = get_config
 
+    def backend(self, layer):
+        # PEFT wants to know how to quantise anew, also of whom only reads.
+        return resolve_quantization_backend(layer, get_apply_tensor_subclass=self.get_config or self._unknown_config)
+
+    def _unknown_config(self):
+        raise ValueError(_UNKNOWN_CONFIG)
+
     def _library_class(self):
         return nn.Linear
 
@@ -265,10 +285,7 @@ class Torchao(Format):
 
     def why_not_written(self, layer):
         if self.get_config is None:
-            return (
-                "how torchao quantised it is not known; load the model through transformers with a TorchAoConfig, "
-                "which records that"
-            )
+            return _UNKNOWN_CONFIG
         return self.why_not_read(layer)
 
     def why_not_exact(self, layer):

@@ -93,7 +93,9 @@ class ParameterLayer(nn.Module, SMTLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         blocks = self.smt_blocks[adapter_name]
         if not blocks.weight.is_meta:
-            self.smt_blocks[adapter_name] = blocks.to(device or self.stored_weight().device)
+            # As PEFT does over modules; unless autocast_adapter_dtype=False is given, it casts to fp32 afterwards.
+            stored = self.stored_weight()
+            self.smt_blocks[adapter_name] = blocks.to(device or stored.device, stored.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense tensor of the shape and on the device of the parameter, fp32."""
@@ -155,6 +157,20 @@ class ParamWrapper(nn.Module, BaseTunerLayer):
     @property
     def merged_adapters(self) -> list[str]:
         return next((layer.merged_adapters for layer in self.layers().values()), [])
+
+    @property
+    def in_features(self) -> int:
+        return self._only_layer().in_features
+
+    @property
+    def out_features(self) -> int:
+        return self._only_layer().out_features
+
+    def _only_layer(self) -> ParameterLayer:
+        layers = list(self.layers().values())
+        if len(layers) != 1:
+            raise AttributeError(f"{len(layers)} parameters are trained here, each with features of its own")
+        return layers[0]
 
     @property
     def weight(self) -> Any:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from .. import ops
@@ -35,6 +36,16 @@ class QuantisedLinear(Linear):
         # The packed weight as it was before the first of the merged adapters.
         self._kept: Any = None
         self.rounding: Rounding | None = None
+
+    @property
+    def quantization_backend(self) -> QuantizationBackend | None:
+        """What PEFT names in the status of a model, and reads the base weight by."""
+        return self.format.backend(self.get_base_layer())
+
+    def extra_repr(self) -> str:
+        backend = self.quantization_backend
+        name = self.format.name if backend is None else backend.backend_name
+        return f"{super().extra_repr()}, quantization_backend={name!r}"
 
     def stored_weight(self) -> Tensor:
         return stored(self.get_base_layer())

@@ -64,6 +64,8 @@ def new_values(module: ModuleType, test: str, names: list[str], values: object) 
         return [SMTConfig] if names == ["config_class"] else None
     if name == "test_quantization" and is_list("TEST_CASES"):
         return [(SMTConfig, settings) for settings in cases.QUANTISED]
+    if name == "test_target_parameters" and is_list("ALL_CONFIGS"):
+        return cases.experts()
     if name == "test_torch_compile" and names == ["settings"]:
         return cases.compiled()
     if name == "test_vision_models" and names == ["config"]:
@@ -103,9 +105,13 @@ def lift_allow_lists(module: ModuleType) -> None:
         common._skip_if_conv1d_not_supported = lambda *args, **kwargs: None
         # The class is named there in these lists only: batches whose rows take different adapters.
         common.RoadConfig = SMTConfig
+        # And this one in that of weighted sums, among methods that know one kind of sum.
+        common.IA3Config = SMTConfig
     if module.__name__.endswith("test_decoder_models"):
         # The same list again, of one class.
         module.LoraConfig = SMTConfig
+    if module.__name__.endswith("test_stablediffusion"):
+        module.skip_if_not_lora = lambda config_cls: None
 
 
 @pytest.hookimpl(wrapper=True)

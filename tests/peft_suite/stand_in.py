@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftConfig
 from peft_suite.table import matches
 
 from smt_peft import SMTConfig
+from smt_peft.tuner.experts import ParameterLayer
 from smt_peft.tuner.layer import SMTLayer
 from smt_peft.tuner.model import SMTModel
 
@@ -67,6 +68,8 @@ class SMTForLora(metaclass=StandIn):
 def put_in(module: ModuleType, patterns: tuple[str, ...]) -> None:
     """Let SMT stand in for LoRA in the tests of `module` that the patterns name, and in what they call."""
     module.LoraConfig, module.SMTLayer, module.SMTModel = SMTForLora, SMTLayer, SMTModel
+    # LoRA nests one wrapper per parameter; here one wrapper holds a layer for each.
+    module.ParamWrapper = ParameterLayer
     for name, value in list(vars(module).items()):
         owner = getattr(value, "__module__", None)
         if owner != module.__name__:

@@ -33,6 +33,11 @@ LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Narrow: with weights of variance 1, as the tests draw them, freezing a wide base alone moves logits by more than 1e-6.
+MIXTURE = {**LLAMA, "hidden_size": 16, "head_dim": 8, "intermediate_size": 32, "num_local_experts": 4}
+LLAMA4 = {**MIXTURE, "intermediate_size_mlp": 32, "num_experts_per_tok": 1}
+GPT_OSS = {**MIXTURE, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}
+GPT_OSS |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 GPT = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 1, **STD}
 GPT |= {"eos_token_id": 2}
 OPT = {"vocab_size": VOCAB, "num_attention_heads": 4, "max_position_embeddings": 512}
@@ -118,6 +123,9 @@ MODELS = {
     "Qwen/Qwen2-0.5B": (hf.Qwen2ForCausalLM, hf.Qwen2Config, {**LLAMA, "vocab_size": VOCAB + 8}),
     "hf-internal-testing/tiny-random-gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, GPT),
     "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, ENCODER),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (hf.Llama4ForCausalLM, hf.Llama4TextConfig, LLAMA4),
+    "trl-internal-testing/tiny-GptOssForCausalLM": (hf.GptOssForCausalLM, hf.GptOssConfig, GPT_OSS),
+    "hf-internal-testing/tiny-random-LlamaForCausalLM": (hf.LlamaForCausalLM, hf.LlamaConfig, LLAMA),
     "peft-internal-testing/tiny-clip-text-2": (hf.CLIPTextModelWithProjection, hf.CLIPTextConfig, CLIP),
 }
 # Their tests tokenise text.

@@ -25,6 +25,7 @@ from smt_peft.export.lora import convert_to_lora
 from smt_peft.ops import swap
 from smt_peft.optim import SMTAdamW
 from smt_peft.tuner.experts import ParameterLayer, ParamWrapper
+from smt_peft.tuner.layer import SMTLayer
 
 SETTINGS = {
     "target_modules": None,
@@ -52,6 +53,10 @@ def adapted(model, **settings):
 
 def layers(model) -> dict[str, ParameterLayer]:
     return {module.smt_name: module for module in model.modules() if isinstance(module, ParameterLayer)}
+
+
+def parameter_of(layer: SMTLayer) -> str:
+    return layer.smt_name if isinstance(layer, ParameterLayer) else f"{layer.smt_name}.weight"
 
 
 def with_deltas(base, model):
@@ -565,6 +570,38 @@ class TestAdapters:
         trainable, _ = adapted(tiny_mixtral()).get_nb_trainable_parameters()
         total = sum(p.numel() for name, p in tiny_mixtral().named_parameters() if name.endswith(tuple(EXPERTS)))
         assert 0.28 * total < trainable <= 0.3 * total
+
+    @pytest.mark.parametrize(("make", "how"), CASES)
+    def test_deltas_may_be_kept_in_the_dtype_of_the_base(self, make, how):
+        """`autocast_adapter_dtype=False`: of bare parameters as of modules."""
+        config = SMTConfig(**{**SETTINGS, "target_modules": ["q_proj"]})
+        dtypes = {}
+        for autocast in (True, False):
+            base = built(make, how).bfloat16()
+            plain = copy.deepcopy(base)
+            model = get_peft_model(base, config, autocast_adapter_dtype=autocast).train()
+            dtypes[autocast] = {p.dtype for p in model.parameters() if p.requires_grad}
+            logits = model(**batch()).logits
+            logits.float().square().mean().backward()
+            assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+        same, exact = plain.train(), in_double(copy.deepcopy(plain)).train()
+        truth = dict(exact.named_parameters())
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, SMTLayer):
+                    weight = dict(same.named_parameters())[parameter_of(module)]
+                    delta = module.get_delta_weight("default")
+                    truth[parameter_of(module)].add_(delta.double())
+                    weight.copy_(weight.float() + delta)
+        assert_no_worse_than_torch(logits.detach(), same(**batch()).logits.detach(), exact(**batch()).logits.detach())
+
+    def test_one_parameter_gives_its_wrapper_its_features(self):
+        model = adapted(tiny_mixtral(), target_parameters=["experts.down_proj", "q_proj.weight"])
+        layer = model.get_base_model().model.layers[0]
+        assert (layer.self_attn.q_proj.in_features, layer.self_attn.q_proj.out_features) == (32, 32)
+        assert (layer.mlp.experts.in_features, layer.mlp.experts.out_features) == (48, 32)
+        assert not hasattr(adapted(tiny_mixtral()).get_base_model().model.layers[0].mlp.experts, "in_features")
 
     @pytest.mark.parametrize(("make", "how"), CASES)
     def test_generation_is_that_of_the_merged_model(self, make, how):

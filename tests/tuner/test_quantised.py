@@ -87,7 +87,7 @@ def assert_same(ours, plain):
 
 
 def told(model):
-    return {module.extra_repr() for module in model.modules() if isinstance(module, Linear)}
+    return {module.extra_repr().partition(",")[0] for module in model.modules() if isinstance(module, Linear)}
 
 
 class TestOverlay:
@@ -228,7 +228,7 @@ class TestAdditive:
             alone.append(layer(x) - layer.base_layer(x))
         model.base_model.set_adapter(["default", "other"])
         assert torch.allclose(layer(x) - layer.base_layer(x), sum(alone), atol=1e-5)
-        assert layer.extra_repr() == "forward=additive"
+        assert told(layer) == {"forward=additive"}
 
     @pytest.mark.parametrize("kind", BITSANDBYTES)
     def test_a_mixed_batch(self, kind):
@@ -415,6 +415,30 @@ def test_an_adapter_is_loaded_without_being_made_first(kind, tmp_path):
     assert torch.equal(again(probe()), model(probe()))
 
 
+class TestWhatPeftSees:
+    @pytest.mark.parametrize("kind", DEQUANTISABLE)
+    def test_the_library_is_named_and_the_base_weight_can_be_read(self, kind):
+        name = "bnb 8bit" if kind == "int8" else "bnb 4bit" if kind in BITSANDBYTES else kind.split()[0]
+        model = adapted(packed_net(kind))
+        assert model.get_model_status().quantization_backend == name
+        assert [layer.quantization_backend for layer in model.get_layer_status()] == [name] * 2
+        layer = model.base_model.model.up
+        assert f"quantization_backend='{name}'" in repr(layer)
+        assert torch.equal(layer.get_base_weight(), true_weight(layer.base_layer))
+
+    def test_a_library_that_peft_does_not_know_is_named_by_its_layer(self):
+        model = adapted(packed_net("gptq"))
+        assert model.get_model_status().quantization_backend is None
+        assert "quantization_backend='ForwardOnly'" in repr(model.base_model.model.up)
+
+    def test_writing_says_when_the_config_of_torchao_is_not_known(self):
+        layer = adapted(packed_net("torchao int8")).base_model.model.up
+        weight = layer.get_base_weight()
+        with pytest.raises(ValueError, match="how torchao quantised it is not known"):
+            layer.quantization_backend.get_apply_tensor_subclass()
+        assert torch.equal(layer.get_base_weight(), weight)
+
+
 class TestForwardOnly:
     def test_trains_saves_and_reloads(self, tmp_path):
         net = packed_net("gptq")
@@ -480,7 +504,7 @@ class TestForwardOnly:
         net.up.__class__ = Louder
         model = adapted(net, init_weights=True).train()
         layer, x = model.base_model.model.up, probe()
-        assert torch.equal(layer(x), layer.base_layer(x)) and layer.extra_repr() == "forward=additive"
+        assert torch.equal(layer(x), layer.base_layer(x)) and told(layer) == {"forward=additive"}
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

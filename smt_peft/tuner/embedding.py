@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .healing import HealingModule
 from .layer import SMTLayer
 
 
-class Embedding(nn.Module, SMTLayer):
+class Embedding(HealingModule, SMTLayer):
     """SMT over `torch.nn.Embedding` and its subclasses: blocks of the `(num_embeddings, embedding_dim)` table.
 
     Every look-up adds the blocks to the rows it has found, rounded as merging rounds, so that a merged table gives the
@@ -25,18 +26,13 @@ class Embedding(nn.Module, SMTLayer):
         SMTLayer.__init__(self, base_layer, name, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        # A tied output head may have been swapping this very weight when an interrupt came.
-        self.heal()
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
+        # This heals the weight, which a tied output head may have been swapping when an interrupt came.
+        active = self.acting()
+        if adapter_names is not None and not self.disable_adapters:
             return self._looked_up(x, lambda rows, ids: self._mixed_rows(rows, ids, adapter_names), *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.smt_blocks]
-        if self.merged or not active:
+        if not active:
             return self.base_layer(x, *args, **kwargs)
         return self._looked_up(x, lambda rows, ids: self._changed_rows(rows, ids, active), *args, **kwargs)
 
@@ -72,18 +68,3 @@ class Embedding(nn.Module, SMTLayer):
                 which = [number for number, wanted in enumerate(adapter_names) if wanted == name]
                 rows[which] = self._changed_rows(rows[which], ids[which], [name])
         return rows
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self.heal()
-        return super().state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.heal()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Embedding:
-        self.heal()
-        return super()._apply(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return "smt." + super().__repr__()

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..bases.stand_in import replaced
 from ..blocks import BlockGrid
-from ..config import SMTConfig
 from .gate import is_traced, why_not_swap
+from .healing import HealingModule
 from .layer import SMTLayer
 from .products import BlockProducts
 
@@ -70,22 +70,13 @@ class ParameterLayer(nn.Module, SMTLayer):
         stored = self.stored_weight()
         return stored.view(-1, stored.shape[-1])
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        grid: BlockGrid,
-        num_blocks: int,
-        index: Tensor,
-        config: SMTConfig,
-        inference_mode: bool = False,
-    ) -> None:
+    def check_grid(self, grid: BlockGrid) -> None:
         rows = self.stored_weight().shape[-2]
         if rows % grid.block_rows:
             raise ValueError(
                 f"{self.smt_name}: blocks of {grid.block_rows} rows would reach from one expert into the next, as they "
                 f"do not divide its {rows} rows; make the selection again with select_blocks"
             )
-        super().update_layer(adapter_name, grid, num_blocks, index, config, inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         blocks = self.smt_blocks[adapter_name]
@@ -101,15 +92,6 @@ class ParameterLayer(nn.Module, SMTLayer):
 
     def _why_not_merged(self) -> str | None:
         return _why_not_plain(self.stored_weight())
-
-    def acting(self) -> list[str]:
-        """The adapters that this call is to compute with."""
-        self.heal()
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return []
-        return [name for name in self.active_adapters if name in self.smt_blocks]
 
     def products(self) -> BlockProducts:
         """What computes with the parameter in this call.
@@ -133,7 +115,7 @@ class ParameterLayer(nn.Module, SMTLayer):
         return f"forward={self._told or 'not yet chosen'}"
 
 
-class ParamWrapper(nn.Module, BaseTunerLayer):
+class ParamWrapper(HealingModule, BaseTunerLayer):
     """A module some of whose own parameters carry blocks. PEFT knows the class by this name."""
 
     # The adapters are those of the layers below.
@@ -233,21 +215,6 @@ class ParamWrapper(nn.Module, BaseTunerLayer):
     def heal(self) -> None:
         for layer in self.layers().values():
             layer.heal()
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self.heal()
-        return super().state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.heal()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> ParamWrapper:
-        self.heal()
-        return super()._apply(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return "smt." + super().__repr__()
 
 
 class _Lock:

@@ -68,6 +68,9 @@ class SMTLayer(BaseTunerLayer):
                 f"{type(self.get_base_layer()).__name__}; use forward='auto'"
             )
 
+    def check_grid(self, grid: BlockGrid) -> None:
+        """Raise `ValueError`, naming the module, when the weight cannot be tiled so."""
+
     def update_layer(
         self,
         adapter_name: str,
@@ -79,6 +82,7 @@ class SMTLayer(BaseTunerLayer):
     ) -> None:
         """Add or replace an adapter of `num_blocks` blocks at the positions `index`, int32 `(num_blocks, 2)`."""
         self.check_forward(config.forward)
+        self.check_grid(grid)
         blocks = SMTBlocks(self.smt_name, grid, num_blocks)
         # Whole, also where DeepSpeed has partitioned it at birth.
         with torch.no_grad(), present(blocks, modify=True):
@@ -105,6 +109,15 @@ class SMTLayer(BaseTunerLayer):
         # PEFT hands one list to all layers; a compiler notes which of them share it, and would compile anew once
         # switching adapters has changed that.
         self._active_adapter = list(self._active_adapter)
+
+    def acting(self) -> list[str]:
+        """The adapters that a call is to compute with, after an interrupted swap is put right."""
+        self.heal()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.smt_blocks]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense matrix of the shape and on the device of the base weight, fp32."""

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from .. import ops
 from .delta import SMTBlocks
 from .gate import is_traced, why_not_fused, why_not_swap
+from .healing import HealingModule
 from .layer import SMTLayer
 
 
-class Linear(nn.Module, SMTLayer):
+class Linear(HealingModule, SMTLayer):
     """SMT over `torch.nn.Linear` or GPT-2's `Conv1D`. The class name is what PEFT's `all-linear` recognises."""
 
     def __init__(self, base_layer: nn.Module, name: str, **kwargs: Any):
@@ -20,17 +21,12 @@ class Linear(nn.Module, SMTLayer):
         SMTLayer.__init__(self, base_layer, name, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        self.heal()
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
+        active = self.acting()
+        if adapter_names is not None and not self.disable_adapters:
             return self._mixed_forward(x, adapter_names, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.smt_blocks]
-        if self.merged or not active:
+        if not active:
             return self.base_layer(x, *args, **kwargs)
         if args or kwargs:
             return self._opaque_forward(x, active, *args, **kwargs)
@@ -73,18 +69,6 @@ class Linear(nn.Module, SMTLayer):
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.base_layer(x, *args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self.heal()
-        return super().state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.heal()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Linear:
-        self.heal()
-        return super()._apply(*args, **kwargs)
-
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Each row of the batch with its own adapter; `"__base__"` rows with none."""
         y = self.base_layer(x, *args, **kwargs).clone()
@@ -97,6 +81,3 @@ class Linear(nn.Module, SMTLayer):
 
     def extra_repr(self) -> str:
         return f"forward={self._told or 'not yet chosen'}"
-
-    def __repr__(self) -> str:
-        return "smt." + super().__repr__()

@@ -207,7 +207,7 @@ def _check_token_rows(model: nn.Module, config: SMTConfig, targets: dict[str, Ta
         named = isinstance(tokens, dict) and any(name == key or name.endswith("." + key) for key in tokens)
         # Where the head is tied to the table, PEFT trains the same rows of both.
         weight = getattr(table, "weight", None)
-        tied = weight is not None and not isinstance(tokens, dict) and target.module.weight is weight
+        tied = weight is not None and not isinstance(tokens, dict) and target.stored is weight
         if named or tied:
             raise ValueError(
                 f"Target module {name} is named by trainable_token_indices too{' (its weight is tied)' * (not named)}: "

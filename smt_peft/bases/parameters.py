@@ -122,7 +122,9 @@ def find_parameters(model: nn.Module, config: SMTConfig, modules: Iterable[str])
             continue
         module = name.rpartition(".")[0]
         if module in modules:
-            problem = f"{module} is named in target_modules, too; name it once"
+            problem = (
+                f"{module} is named by target_modules, too; name it once: target_modules=[] trains the parameters alone"
+            )
         if problem := problem or _why_not(name, owner, parameter):
             raise ValueError(f"target_parameters: {name} cannot be a target: {problem}")
         targets[name] = ParameterTarget(name, owner, parameter, is_merged)

@@ -118,7 +118,7 @@ def _check_token_rows(model: nn.Module, config: SMTConfig, targets: dict[str, Ta
         named = isinstance(tokens, dict) and any(name == key or name.endswith("." + key) for key in tokens)
         # Where the head is tied to the table, PEFT trains the same rows of both.
         weight = getattr(table, "weight", None)
-        tied = weight is not None and not isinstance(tokens, dict) and target.module.weight is weight
+        tied = weight is not None and not isinstance(tokens, dict) and target.stored is weight
         if named or tied:
             raise ValueError(
                 f"Target module {name} is named by trainable_token_indices too{' (its weight is tied)' * (not named)}: "
@@ -230,6 +230,8 @@ def _nothing_matched(model: nn.Module, config: SMTConfig) -> str:
     if config.layers_pattern:
         message += f"You also specified 'layers_pattern': {config.layers_pattern}. "
     message += f"Please check target_modules; the model's linear layers are named {sorted(names)}."
+    if config.target_parameters:
+        return message + " target_modules=[] trains the parameters alone."
     if bare := stacked_names(model):
         message += f" Its experts are no modules: target_parameters names them, {bare}."
     return message

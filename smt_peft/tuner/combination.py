@@ -86,7 +86,8 @@ def _cut(blocks: SMTBlocks, fine: BlockGrid) -> tuple[Tensor, Tensor]:
     """The blocks cut into those of a finer grid: their row-major numbers, int64 `(B,)`, and values, `(B, r, c)`."""
     coarse, (rows, cols) = blocks.grid, fine.block_shape
     down, across = coarse.block_rows // rows, coarse.block_cols // cols
-    index, weight = blocks.index.long(), blocks.weight.detach()
+    # The layout's index is one that has been checked.
+    index, weight = blocks.layout().blocks.long(), blocks.weight.detach()
     row = index[:, 0, None, None] * down + torch.arange(down, device=index.device)[:, None]
     col = index[:, 1, None, None] * across + torch.arange(across, device=index.device)
     row, col = torch.broadcast_tensors(row, col)

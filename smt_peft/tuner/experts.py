@@ -169,9 +169,14 @@ class ParamWrapper(HealingModule, BaseTunerLayer):
             self.__dict__["_modules"] = {**self._modules, parameter_name: layer}
         return self._modules[parameter_name]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         acting = {name: layer for name, layer in self.layers().items() if layer.acting()}
-        if not acting:
+        if adapter_names is not None and any(layer.merged for layer in self.layers().values()):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        # None of the adapters that rows ask for has blocks here (`check_rows`); those that are active are not meant.
+        if not acting or adapter_names is not None:
             return self.base_layer(*args, **kwargs)
         if is_traced():
             merged = {name: layer.products().traceable() for name, layer in acting.items()}

@@ -70,8 +70,8 @@ def make_room(model: nn.Module, adapter_name: str, configs: Sequence[SMTConfig])
         configs: of saved adapters, as from `PeftConfig.from_pretrained`; their `block_pattern` counts.
 
     Raises:
-        ValueError: the adapter is merged, the model is compiled, or an adapter has other modules or blocks of another
-            shape; names the module. Nothing has been changed then.
+        ValueError: the adapter is merged, the model is compiled, or an adapter has other modules, blocks of another
+            shape or more than there can be; names the module. Nothing has been changed then.
     """
     layers = _layers(model, adapter_name)
     if hasattr(model, "_orig_mod"):
@@ -80,6 +80,8 @@ def make_room(model: nn.Module, adapter_name: str, configs: Sequence[SMTConfig])
     for config in configs:
         for name, (count, *shape) in (config.block_pattern or {}).items():
             _check_shape(name, tuple(shape), layers, adapter_name)
+            if count > (room := layers[name].smt_blocks[adapter_name].grid.num_blocks):
+                raise ValueError(f"{name}: block_pattern asks for {count} blocks, and the weight has {room}")
             wanted[name] = max(wanted.get(name, 0), count)
     for name, count in wanted.items():
         layer, blocks = layers[name], layers[name].smt_blocks[adapter_name]
@@ -115,6 +117,7 @@ def _check_configs(config: PeftConfig, loaded: PeftConfig, path: str) -> None:
 def _blocks_by_module(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """`{module: {"weight": ..., "index": ...}}`; what else is saved must be what the model holds already."""
     parameters = dict(model.named_parameters())
+    merged = {f"{path}.base_layer.weight": m for path, m in model.named_modules() if getattr(m, "_merges", None)}
     saved: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, found, part = key.partition(".smt_blocks.")
@@ -122,7 +125,7 @@ def _blocks_by_module(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[s
             saved.setdefault(name.removeprefix(_PREFIX), {})[part] = tensor
             continue
         # PEFT saves an embedding that is a target whole.
-        held = parameters.get(key)
+        held = merged[key].unmerged_weight() if key in merged else parameters.get(key)
         if held is None or not torch.equal(held.detach().to(tensor), tensor):
             raise ValueError(
                 f"{name}: the saved adapter brings a weight of its own for this, other than the model's; use "

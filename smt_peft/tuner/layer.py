@@ -159,6 +159,9 @@ class SMTLayer(BaseTunerLayer):
             raise ValueError(
                 f"{self.smt_name}: the blocks cannot be merged, because {reason}; use the adapter unmerged"
             )
+        for adapter in names:
+            # Refuses an impossible index.
+            self.smt_blocks[adapter].layout()
         for adapter in names if safe_merge else ():
             if not bool(torch.isfinite(self._merged_blocks(adapter)[1]).all()):
                 raise ValueError(

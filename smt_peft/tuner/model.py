@@ -198,7 +198,8 @@ class SMTModel(BaseTuner):
         with torch.no_grad():
             for layer in _layers_of(self.model):
                 if layer.smt_name in sums:
-                    layer.smt_blocks[adapter_name].weight.copy_(sums[layer.smt_name][2])
+                    # PEFT makes new adapters in the dtype of the base.
+                    layer.smt_blocks[adapter_name].float().weight.copy_(sums[layer.smt_name][2])
         for module in _blocks_of(self.model, adapter_name).values():
             module.requires_grad_(False)
 
@@ -252,7 +253,7 @@ class SMTModel(BaseTuner):
         unknown = sorted(set(adapter_names) - known)
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        wrappers = [m for m in self.modules() if isinstance(m, (AuxiliaryTrainingWrapper, ParamWrapper))]
         handles = [
             module.register_forward_pre_hook(
                 lambda _, args, kwargs: (args, {**kwargs, "adapter_names": adapter_names}), with_kwargs=True

@@ -55,6 +55,13 @@ def test_the_delta_is_the_exact_sum(adapters):
     model.unmerge_adapter()
 
 
+def test_over_a_bf16_base_it_is_as_exact():
+    model = get_peft_model(Mlp(torch.bfloat16), SMTConfig(**SETTINGS, block_size=4), "a")
+    model.add_weighted_adapter(["a"], [0.7], "sum")
+    part = deltas(model, "a")
+    assert all(torch.equal(delta, (0.7 * part[name].double()).float()) for name, delta in deltas(model, "sum").items())
+
+
 def test_the_blocks_are_the_union():
     model = mlp_with({"block_size": 4}, {"block_size": 4, "seed": 1})
     model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
@@ -105,6 +112,14 @@ def test_what_cannot_be_combined_is_refused_and_adds_nothing(arguments, message)
             **{"adapters": ["a", "b"], "weights": [1.0, 1.0], "adapter_name": "sum", **arguments}
         )
     assert str(model) == before and list(model.peft_config) == ["a", "b"]
+
+
+def test_a_damaged_index_is_refused_by_module_name():
+    model = mlp_with({"block_size": 4}, {"block_size": 8})
+    model.base_model.model.down.smt_blocks["b"].index[-1] = 10**6
+    with pytest.raises(ValueError, match="down: block .* lies outside the grid"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum")
+    assert list(model.peft_config) == ["a", "b"]
 
 
 def test_modules_trained_in_full_cannot_be_added():

@@ -645,7 +645,20 @@ class TestAdapters:
         model = adapted(tiny_mixtral()).eval()
         with pytest.raises(ValueError, match=r"experts\.\w+: .*several adapters in one batch"):
             model(**batch(), adapter_names=["default", "__base__"])
-        assert model(**batch(), adapter_names=["__base__", "__base__"]).logits.isfinite().all()
+
+    def test_rows_that_ask_for_others_pass_the_active_ones_by(self):
+        model = adapted(tiny_mixtral()).eval()
+        model.add_adapter("linear", SMTConfig(target_modules=["q_proj"], score="random", init_weights=False))
+        model.set_adapter("linear")
+        linear = model(**batch()).logits[1]
+        model.set_adapter("default")
+        with model.disable_adapter():
+            base = model(**batch()).logits[0]
+        rows = model(**batch(), adapter_names=["__base__", "linear"]).logits
+        torch.testing.assert_close(rows, torch.stack((base, linear)))
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="merged adapters, please call `unmerge_adapter`"):
+            model(**batch(), adapter_names=["__base__", "__base__"])
 
     def test_copies_and_pickles_are_whole(self):
         model = adapted(tiny_mixtral()).eval()

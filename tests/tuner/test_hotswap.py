@@ -187,6 +187,17 @@ def test_other_refusals(saved, tmp_path):
         make_room(torch.compile(model), "default", [])
 
 
+def test_room_that_a_weight_does_not_have_is_refused_before_anything_changes(saved):
+    path, _ = saved
+    model = loaded(path)
+    before = copy.deepcopy(model.state_dict())
+    config = PeftConfig.from_pretrained(path / "more")
+    config.block_pattern["model.layers.1.mlp.up_proj"][0] = 10**6
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: block_pattern asks for 1000000 blocks"):
+        make_room(model, "default", [config])
+    assert_unchanged(model, before)
+
+
 def test_another_base_is_refused(saved, tmp_path):
     path, _ = saved
     torch.manual_seed(1)
@@ -203,6 +214,12 @@ def test_embeddings_are_swapped_when_the_table_is_the_same(saved, tmp_path):
     second.save_pretrained(tmp_path / "same")
     assert any("base_layer" in key for key in load_file(tmp_path / "same" / "adapter_model.safetensors"))
     hotswap_adapter(first, tmp_path / "same", "default")
+    assert torch.equal(first(**batch()).logits, second(**batch()).logits)
+    # Also while another adapter is merged into it.
+    first.add_adapter("merged", SMTConfig(**settings, seed=2))
+    first.merge_adapter(["merged"])
+    hotswap_adapter(first, tmp_path / "same", "default")
+    first.unmerge_adapter()
     assert torch.equal(first(**batch()).logits, second(**batch()).logits)
     second.get_input_embeddings().base_layer.weight.data[0] += 1
     second.save_pretrained(tmp_path / "other")

@@ -439,6 +439,18 @@ class TestWhatPeftSees:
         assert torch.equal(layer.get_base_weight(), weight)
 
 
+@pytest.mark.parametrize("kind", [*DEQUANTISABLE, "gptq"])
+def test_token_rows_are_trained_beside_the_blocks(kind):
+    llama = tiny_llama().requires_grad_(False)
+    attention = llama.model.layers[0].self_attn
+    attention.q_proj = packed_linear(attention.q_proj, kind)
+    config = SMTConfig(**{**SETTINGS, "target_modules": ["q_proj"], "layers_to_transform": [0]})
+    config.trainable_token_indices = batch()["input_ids"].unique()[:2].tolist()
+    model = get_peft_model(llama, config).train()
+    model(**batch()).loss.backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
 class TestForwardOnly:
     def test_trains_saves_and_reloads(self, tmp_path):
         net = packed_net("gptq")

@@ -145,6 +145,16 @@ def test_merged_equals_swap_exactly(dtype):
         assert torch.equal(model.merge_and_unload()(**batch()).logits, swapped)
 
 
+def test_a_damaged_index_is_merged_into_no_layer():
+    model = get_peft_model(Mlp(), SMTConfig(target_modules=["up", "down"], score="random", init_weights=False))
+    up, down = model.base_model.model.up, model.base_model.model.down
+    before = up.base_layer.weight.clone()
+    down.smt_blocks["default"].index[-1] = 10**6
+    with pytest.raises(ValueError, match="down: block .* lies outside the grid"):
+        model.merge_adapter()
+    assert torch.equal(up.base_layer.weight, before) and not up.merged
+
+
 def test_safe_merge_leaves_the_base_when_a_block_is_not_finite():
     model = get_peft_model(tiny_llama(), SMTConfig(**ALL, density=0.3, block_size=8, init_weights=False))
     before = base_weights(model)

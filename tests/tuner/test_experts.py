@@ -857,7 +857,7 @@ class TestTargetsThatWouldStayFrozen:
             ({"target_parameters": ["norm.weight"]}, r"model\.norm\.weight cannot be a target: it is 1-D"),
             (
                 {"target_parameters": ["q_proj.weight"], "target_modules": ["q_proj"]},
-                r"is a target by target_modules, too",
+                r"is named by target_modules, too",
             ),
             ({"target_parameters": ["lm_head.weight"], "modules_to_save": ["lm_head"]}, r"left out by"),
             ({"layers_to_transform": [7]}, r"left out by"),

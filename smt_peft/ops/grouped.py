@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..blocks import BlockLayout
-from .linear import _kept, _wants_columns
+from .linear import kept_input, wants_columns
 from .operations import block_grad, block_matmul_
 from .swap import run_with_blocks
 
@@ -67,7 +67,8 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx, x_TK, weight, delta_Brc, layout, runs, gemm, flipped, swap, keep):
         needs_x, needs_delta = keep and ctx.needs_input_grad[0], keep and ctx.needs_input_grad[2]
         ctx.layout, ctx.runs, ctx.gemm, ctx.flipped, ctx.swap = layout, runs, gemm, flipped, swap
-        kept = [_kept(x_TK[run.rows], run.layout, _wants_columns(run.layout)) for run in runs] if needs_delta else []
+        trained = runs if needs_delta else ()
+        kept = [kept_input(x_TK[run.rows], run.layout, wants_columns(run.layout)) for run in trained]
         ctx.delta_like = torch.float64 if x_TK.dtype == torch.float64 else torch.float32, delta_Brc.shape
         ctx.save_for_backward(*((weight, delta_Brc) if needs_x else (None, None)), *kept)
         return _product(x_TK, weight, delta_Brc, ctx, flipped)
@@ -83,7 +84,7 @@ class _GroupedLinear(torch.autograd.Function):
             dtype, shape = ctx.delta_like
             d_delta = dy_TN.new_zeros(shape, dtype=dtype)
             for run, x in zip(ctx.runs, kept, strict=True):
-                layout = run.layout.packed if _wants_columns(run.layout) else run.layout
+                layout = run.layout.packed if wants_columns(run.layout) else run.layout
                 grad = block_grad(dy_TN[run.rows], x, layout)
                 d_delta[run.blocks] = grad.transpose(1, 2) if ctx.flipped else grad
         return dx_TK, None, d_delta, None, None, None, None, None, None

@@ -34,10 +34,10 @@ def block_linear(
     Returns:
         `(..., N)` in the dtype of the (cast) input.
     """
-    x = _autocast(x)
+    x = cast_input(x)
     x_TK, keep = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled()
     # Asked for only where something is kept: a compiler holds its graph to the number of columns that it saw.
-    columns_only = keep and _wants_columns(layout)
+    columns_only = keep and wants_columns(layout)
     y_TN = _BlockLinear.apply(x_TK, weight_NK, bias_N, delta_Brc, layout, swap, keep, columns_only)
     return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
 
@@ -50,7 +50,7 @@ def block_add(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> T
     """
     y_TN, x_TK = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     keep = torch.is_grad_enabled()
-    return _BlockAdd.apply(y_TN, x_TK, delta_Brc, layout, keep, keep and _wants_columns(layout)).view(y.shape)
+    return _BlockAdd.apply(y_TN, x_TK, delta_Brc, layout, keep, keep and wants_columns(layout)).view(y.shape)
 
 
 def block_add_traceable(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> Tensor:
@@ -65,18 +65,18 @@ class _BlockLinear(torch.autograd.Function):
         # `needs_input_grad` speaks of the inputs alone; `keep` is False where no graph is recorded.
         needs_x, needs_delta = keep and ctx.needs_input_grad[0], keep and ctx.needs_input_grad[3]
         ctx.layout, ctx.swap, ctx.columns_only = layout, swap, columns_only
-        kept = _kept(x_TK, layout, columns_only) if needs_delta else None
+        kept = kept_input(x_TK, layout, columns_only) if needs_delta else None
         # Saved, not put on ctx: an optimizer step between forward and backward is noticed, and hooks that move or
         # recompute saved tensors see them.
         ctx.save_for_backward(kept, *((weight_NK, delta_Brc) if needs_x else (None, None)))
-        with _no_autocast(x_TK):
+        with without_autocast(x_TK):
             bias_N = None if bias_N is None else bias_N.to(x_TK.dtype)
             if not swap:
                 y_TN = F.linear(x_TK, weight_NK.to(x_TK.dtype), bias_N)
                 return block_matmul_(y_TN, x_TK, delta_Brc, layout)
             if x_TK.dtype == weight_NK.dtype:
                 return swap_linear(x_TK, weight_NK, bias_N, delta_Brc, layout)
-            return F.linear(x_TK, _merged(weight_NK, delta_Brc, layout, x_TK.dtype), bias_N)
+            return F.linear(x_TK, merged_copy(weight_NK, delta_Brc, layout, x_TK.dtype), bias_N)
 
     @staticmethod
     @once_differentiable
@@ -84,12 +84,12 @@ class _BlockLinear(torch.autograd.Function):
         kept, weight_NK, delta_Brc = ctx.saved_tensors
         layout = ctx.layout
         dx_TK = d_delta = None
-        with _no_autocast(dy_TN):
+        with without_autocast(dy_TN):
             if ctx.needs_input_grad[0]:
                 if ctx.swap and dy_TN.dtype == weight_NK.dtype:
                     dx_TK = swap_matmul(dy_TN, weight_NK, delta_Brc, layout)
                 elif ctx.swap:
-                    dx_TK = dy_TN @ _merged(weight_NK, delta_Brc, layout, dy_TN.dtype)
+                    dx_TK = dy_TN @ merged_copy(weight_NK, delta_Brc, layout, dy_TN.dtype)
                 else:
                     dx_TK = dy_TN @ weight_NK.to(dy_TN.dtype)
                     block_matmul_(dx_TK, dy_TN, delta_Brc.transpose(1, 2), layout.transposed)
@@ -103,10 +103,10 @@ class _BlockAdd(torch.autograd.Function):
     def forward(ctx, y_TN, x_TK, delta_Brc, layout, keep, columns_only):
         needs_x, needs_delta = keep and ctx.needs_input_grad[1], keep and ctx.needs_input_grad[2]
         ctx.layout, ctx.columns_only = layout, columns_only
-        kept = _kept(x_TK, layout, columns_only) if needs_delta else None
+        kept = kept_input(x_TK, layout, columns_only) if needs_delta else None
         ctx.save_for_backward(kept, delta_Brc if needs_x else None)
         ctx.x_dtype = x_TK.dtype
-        with _no_autocast(x_TK):
+        with without_autocast(x_TK):
             return block_matmul_(y_TN.clone(), x_TK, delta_Brc, layout)
 
     @staticmethod
@@ -114,7 +114,7 @@ class _BlockAdd(torch.autograd.Function):
     def backward(ctx, dy_TN):
         kept, delta_Brc = ctx.saved_tensors
         dx_TK = d_delta = None
-        with _no_autocast(dy_TN):
+        with without_autocast(dy_TN):
             if ctx.needs_input_grad[1]:
                 product = block_product(dy_TN, delta_Brc.transpose(1, 2), ctx.layout.transposed)
                 dx_TK = product.to(ctx.x_dtype)
@@ -123,30 +123,30 @@ class _BlockAdd(torch.autograd.Function):
         return dy_TN, dx_TK, d_delta, None, None, None
 
 
-def _wants_columns(layout: BlockLayout) -> bool:
+def wants_columns(layout: BlockLayout) -> bool:
     """Whether the block gradient is to keep a copy of the touched columns of X, not X itself."""
     return layout.columns.numel() <= KEEP_WHOLE_SHARE * layout.grid.cols
 
 
-def _kept(x_TK: Tensor, layout: BlockLayout, columns_only: bool) -> Tensor:
+def kept_input(x_TK: Tensor, layout: BlockLayout, columns_only: bool) -> Tensor:
     return x_TK.index_select(1, layout.columns) if columns_only else x_TK
 
 
-def _merged(weight_NK: Tensor, delta_Brc: Tensor, layout: BlockLayout, dtype: torch.dtype) -> Tensor:
+def merged_copy(weight_NK: Tensor, delta_Brc: Tensor, layout: BlockLayout, dtype: torch.dtype) -> Tensor:
     """A copy of the merged weight in another dtype: where autocast copies anyway, the weight itself is not written."""
     # Rounded to the weight's own dtype first, as merging does, then to the dtype of the GEMM.
     blocks = add_rounded(block_gather(weight_NK, layout), delta_Brc)
     return block_scatter_(weight_NK.to(dtype), blocks, layout)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def cast_input(x: Tensor) -> Tensor:
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 
 
-def _no_autocast(x: Tensor):
+def without_autocast(x: Tensor):
     """The operations choose their own accumulation dtypes; autocast would round their fp32 operands to 16 bits."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..blocks import BlockLayout
-from .linear import _autocast, _kept, _merged, _no_autocast, _wants_columns
+from .linear import cast_input, kept_input, merged_copy, wants_columns, without_autocast
 from .operations import block_grad
 
 
@@ -34,9 +34,9 @@ def block_overlay(
     Returns:
         `(..., N)` in the dtype of the (cast) input.
     """
-    x = _autocast(x)
+    x = cast_input(x)
     x_TK, keep = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled()
-    y_TN = _BlockOverlay.apply(x_TK, dequantise, bias_N, delta_Brc, layout, keep, _wants_columns(layout))
+    y_TN = _BlockOverlay.apply(x_TK, dequantise, bias_N, delta_Brc, layout, keep, wants_columns(layout))
     return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
 
 
@@ -46,20 +46,20 @@ class _BlockOverlay(torch.autograd.Function):
         # `needs_input_grad` speaks of the inputs alone; `keep` is False where no graph is recorded.
         needs_x, needs_delta = keep and ctx.needs_input_grad[0], keep and ctx.needs_input_grad[3]
         ctx.dequantise, ctx.layout, ctx.columns_only = dequantise, layout, columns_only
-        kept = _kept(x_TK, layout, columns_only) if needs_delta else None
+        kept = kept_input(x_TK, layout, columns_only) if needs_delta else None
         ctx.save_for_backward(kept, delta_Brc if needs_x else None)
-        with _no_autocast(x_TK):
+        with without_autocast(x_TK):
             bias_N = None if bias_N is None else bias_N.to(x_TK.dtype)
-            return F.linear(x_TK, _merged(dequantise(), delta_Brc, layout, x_TK.dtype), bias_N)
+            return F.linear(x_TK, merged_copy(dequantise(), delta_Brc, layout, x_TK.dtype), bias_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TN):
         kept, delta_Brc = ctx.saved_tensors
         dx_TK = d_delta = None
-        with _no_autocast(dy_TN):
+        with without_autocast(dy_TN):
             if ctx.needs_input_grad[0]:
-                dx_TK = dy_TN @ _merged(ctx.dequantise(), delta_Brc, ctx.layout, dy_TN.dtype)
+                dx_TK = dy_TN @ merged_copy(ctx.dequantise(), delta_Brc, ctx.layout, dy_TN.dtype)
             if ctx.needs_input_grad[3]:
                 d_delta = block_grad(dy_TN, kept, ctx.layout.packed if ctx.columns_only else ctx.layout)
         return dx_TK, None, None, d_delta, None, None, None

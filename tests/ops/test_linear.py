@@ -180,7 +180,7 @@ def test_nothing_is_computed_or_kept_for_gradients_nobody_wants(route, monkeypat
 def test_nothing_is_copied_where_no_graph_is_recorded(route, monkeypatch):
     layout = random_layout(BlockGrid.fit((32, 32), 8), 3)
     x, weight, bias, delta = _setting(layout, torch.float32)
-    monkeypatch.setattr(linear, "_kept", None)
+    monkeypatch.setattr(linear, "kept_input", None)
     with torch.no_grad():
         _run(route, x, weight, bias, delta, layout)
 

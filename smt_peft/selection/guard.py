@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..bases.packed import REPACKS, unpack_for_cpu
+from ..bases.repacking import REPACKS, unpack_for_cpu
 from ..bases.sharded import is_dtensor
 
 _MISSING = object()

@@ -13,7 +13,8 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..bases.fingerprint import fingerprint
-from ..bases.packed import format_of, is_packed, keep_exact, let_repack, quantization_of, unpacked_numel
+from ..bases.packed import format_of, is_packed, quantization_of, unpacked_numel
+from ..bases.repacking import keep_exact, let_repack
 from ..bases.sharded import full_numel, is_offloaded, is_partitioned, plain_name, present, why_absent
 from ..bases.targets import DEFAULT_TARGETS
 from ..config import SMTConfig

@@ -12,7 +12,8 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from .. import ops
-from ..bases.packed import Format, format_of, stored
+from ..bases.formats import Format
+from ..bases.packed import format_of, stored
 from ..say import once, say
 from .gate import is_traced, why_not_bypassed
 from .linear import Linear
@@ -27,7 +28,7 @@ class QuantisedLinear(Linear):
     does wherever `overlay` is impossible: in a compiled model, with several active adapters, with hooks on the base.
 
     Args:
-        get_config: see `packed.Torchao`.
+        get_config: see `formats.Torchao`.
     """
 
     def __init__(self, base_layer: nn.Module, name: str, get_config: Callable[[], Any] | None = None):

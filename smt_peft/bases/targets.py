@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peft import TaskType
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -26,6 +27,8 @@ from .packed import is_packed
 from .parameters import ParameterTarget, check_unreached, find_parameters, stacked_names
 from .target import Target, is_supported
 
+# Heads that PEFT's model of a task trains in full; for `SEQ_CLS` its all-linear leaves them out by itself.
+_TASK_HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
 # What PEFT puts around a module; the module is named by its outer name, whatever lies inside.
 _WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
@@ -78,6 +81,11 @@ def _named(model: nn.Module, config: SMTConfig) -> Iterator[tuple[str, nn.Module
             matched = _lies_in_layers(name, config)
         if isinstance(module, _WRAPPERS):
             inside += (name + ".",)
+        if everything and name.rpartition(".")[2] in _TASK_HEADS.get(config.task_type, ()):
+            continue
+        if config.block_pattern and isinstance(module, AuxiliaryTrainingWrapper) and name not in config.block_pattern:
+            # A saved adapter's config lists what `all-linear` stood for, such a head among it.
+            continue
         if matched and not isinstance(matched, _ExcludedModule) and module is not head:
             yield name, module
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,11 @@ from helpers import Mlp, batch, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.bases.targets import find_targets
@@ -161,3 +168,40 @@ def test_a_quantised_embedding_is_refused(kind):
     model = nn.Sequential(getattr(nn4, kind)(64, 64).to("cpu"), nn.Linear(64, 8))
     with pytest.raises(ValueError, match="Target module 0 is a quantised embedding .*exclude_modules"):
         find_targets(model, SMTConfig(target_modules=["0"], density=0.1))
+
+
+@pytest.mark.parametrize(
+    ("auto", "task", "head"),
+    [
+        (AutoModelForTokenClassification, "TOKEN_CLS", "score"),
+        (AutoModelForQuestionAnswering, "QUESTION_ANS", "qa_outputs"),
+        (AutoModelForSequenceClassification, "SEQ_CLS", "score"),
+    ],
+)
+def test_all_linear_leaves_out_the_head_that_a_task_trains_in_full(auto, task, head, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    auto.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "base")
+    inputs = {"input_ids": batch()["input_ids"][:1]}
+
+    def adapted():
+        base = auto.from_pretrained(tmp_path / "base")
+        return get_peft_model(base, SMTConfig(task_type=task, density=0.1, block_size=8, init_weights=False)).eval()
+
+    model = adapted()
+    assert not any(head in name for name in model.peft_config["default"].block_pattern)
+    assert any(head in name and p.requires_grad for name, p in model.named_parameters())
+    model.save_pretrained(tmp_path / "adapter")
+    # A second adapter meets a head that is wrapped already.
+    model.load_adapter(tmp_path / "adapter", "other")
+    torch.save((inputs, model(**inputs)[0].detach()), tmp_path / "expected.pt")
+    code = f"""
+import sys, torch, smt_peft
+from peft import PeftModel
+from transformers import {auto.__name__}
+inputs, expected = torch.load(sys.argv[1] + "/expected.pt")
+base = {auto.__name__}.from_pretrained(sys.argv[1] + "/base")
+assert torch.equal(PeftModel.from_pretrained(base, sys.argv[1] + "/adapter").eval()(**inputs)[0], expected)
+print("equal")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("equal"), done.stderr

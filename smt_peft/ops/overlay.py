@@ -36,7 +36,7 @@ def block_overlay(
     """
     x = cast_input(x)
     x_TK, keep = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled()
-    y_TN = _BlockOverlay.apply(x_TK, dequantise, bias_N, delta_Brc, layout, keep, wants_columns(layout))
+    y_TN = _BlockOverlay.apply(x_TK, dequantise, bias_N, delta_Brc, layout, keep, keep and wants_columns(layout))
     return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
 
 

@@ -25,6 +25,10 @@ class Embedding(HealingModule, SMTLayer):
         super().__init__()
         SMTLayer.__init__(self, base_layer, name, **kwargs)
 
+    def _features(self) -> tuple[int, int]:
+        base = self.get_base_layer()
+        return base.num_embeddings, base.embedding_dim
+
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)

@@ -43,8 +43,6 @@ class SMTLayer(BaseTunerLayer):
 
     def _features(self) -> tuple[int, int]:
         base = self.get_base_layer()
-        if isinstance(base, nn.Embedding):
-            return base.num_embeddings, base.embedding_dim
         return (base.nf, base.nx) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
 
     def weight_view(self) -> Tensor:

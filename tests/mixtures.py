@@ -1,8 +1,11 @@
-"""Tiny mixtures of experts, as Transformers stores them, and a module that owns its weights bare."""
+"""Tiny mixtures of experts, as Transformers stores them, modules that own their weights bare, and adapters on them."""
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import (
     GptOssConfig,
@@ -15,6 +18,10 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from smt_peft import SMTConfig, ops
+from smt_peft.tuner.experts import ParameterLayer
+from smt_peft.tuner.layer import SMTLayer
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 COMMON = {
@@ -83,3 +90,57 @@ class Matrices(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.use(self, x)
+
+
+SETTINGS = {
+    "target_modules": None,
+    "target_parameters": EXPERTS,
+    "block_size": 8,
+    "density": 0.3,
+    "score": "random",
+    "init_weights": False,
+}
+MODELS = [tiny_mixtral, tiny_qwen3_moe, tiny_gpt_oss, tiny_llama4]
+IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
+CASES = [(make, how) for make in MODELS for how in (IMPLEMENTATIONS if make is not tiny_llama4 else ["eager"])]
+
+
+def built(make, how="eager"):
+    model = make()
+    if make is not tiny_llama4:
+        model.set_experts_implementation(how)
+    return model
+
+
+def adapted(model, **settings):
+    return get_peft_model(model, SMTConfig(**{**SETTINGS, **settings}))
+
+
+def layers(model) -> dict[str, ParameterLayer]:
+    return {module.smt_name: module for module in model.modules() if isinstance(module, ParameterLayer)}
+
+
+def parameter_of(layer: SMTLayer) -> str:
+    return layer.smt_name if isinstance(layer, ParameterLayer) else f"{layer.smt_name}.weight"
+
+
+def with_deltas(base, model):
+    """A copy of the base with the adapter's dense delta added in fp32, every expert trained in full."""
+    truth = copy.deepcopy(base)
+    parameters = dict(truth.named_parameters())
+    with torch.no_grad():
+        for name, layer in layers(model).items():
+            parameters[name].copy_(parameters[name].double() + layer.get_delta_weight("default").double())
+    return truth, parameters
+
+
+def in_double(model):
+    """PyTorch's grouped product knows no fp64."""
+    if not isinstance(model, Llama4ForCausalLM):
+        model.set_experts_implementation("eager")
+    return model.double()
+
+
+def blocks_of(dense, layer):
+    layout = layer.smt_blocks["default"].layout()
+    return ops.block_gather(dense.reshape(layout.grid.shape), layout)

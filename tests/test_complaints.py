@@ -1,7 +1,7 @@
 """What users of other methods ran into, each thread as a test.
 
 Elsewhere: transformers#28531 (resuming under a named adapter) in hosts/test_trainers.py; trl#4416 and peft#2450 (empty
-tensors on disk) in engines/; unsloth#11014's experts in tuner/test_experts.py.
+tensors on disk) in engines/; unsloth#11014's experts in bases/test_parameters.py.
 """
 
 from __future__ import annotations

@@ -3,82 +3,40 @@
 from __future__ import annotations
 
 import copy
-import logging
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_no_worse_than_torch, batch, tiny_llama
-from mixtures import EXPERTS, Bank, tiny_gpt_oss, tiny_llama4, tiny_mixtral, tiny_qwen3_moe
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from safetensors.torch import load_file
+from helpers import assert_no_worse_than_torch, batch
+from mixtures import (
+    CASES,
+    EXPERTS,
+    IMPLEMENTATIONS,
+    SETTINGS,
+    Bank,
+    adapted,
+    blocks_of,
+    built,
+    in_double,
+    layers,
+    parameter_of,
+    tiny_gpt_oss,
+    tiny_llama4,
+    tiny_mixtral,
+    tiny_qwen3_moe,
+    with_deltas,
+)
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Llama4ForCausalLM
 
 from smt_peft import BlockSelection, SMTConfig, ops
-from smt_peft.bases.stand_in import StandIn
 from smt_peft.blocks import BlockGrid
 from smt_peft.export.lora import convert_to_lora
 from smt_peft.ops import swap
 from smt_peft.optim import SMTAdamW
 from smt_peft.tuner.experts import ParameterLayer, ParamWrapper
 from smt_peft.tuner.layer import SMTLayer
-
-SETTINGS = {
-    "target_modules": None,
-    "target_parameters": EXPERTS,
-    "block_size": 8,
-    "density": 0.3,
-    "score": "random",
-    "init_weights": False,
-}
-MODELS = [tiny_mixtral, tiny_qwen3_moe, tiny_gpt_oss, tiny_llama4]
-IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
-CASES = [(make, how) for make in MODELS for how in (IMPLEMENTATIONS if make is not tiny_llama4 else ["eager"])]
-
-
-def built(make, how="eager"):
-    model = make()
-    if make is not tiny_llama4:
-        model.set_experts_implementation(how)
-    return model
-
-
-def adapted(model, **settings):
-    return get_peft_model(model, SMTConfig(**{**SETTINGS, **settings}))
-
-
-def layers(model) -> dict[str, ParameterLayer]:
-    return {module.smt_name: module for module in model.modules() if isinstance(module, ParameterLayer)}
-
-
-def parameter_of(layer: SMTLayer) -> str:
-    return layer.smt_name if isinstance(layer, ParameterLayer) else f"{layer.smt_name}.weight"
-
-
-def with_deltas(base, model):
-    """A copy of the base with the adapter's dense delta added in fp32, every expert trained in full."""
-    truth = copy.deepcopy(base)
-    parameters = dict(truth.named_parameters())
-    with torch.no_grad():
-        for name, layer in layers(model).items():
-            parameters[name].copy_(parameters[name].double() + layer.get_delta_weight("default").double())
-    return truth, parameters
-
-
-def in_double(model):
-    """PyTorch's grouped product knows no fp64."""
-    if not isinstance(model, Llama4ForCausalLM):
-        model.set_experts_implementation("eager")
-    return model.double()
-
-
-def blocks_of(dense, layer):
-    layout = layer.smt_blocks["default"].layout()
-    return ops.block_gather(dense.reshape(layout.grid.shape), layout)
 
 
 class TestGradients:
@@ -336,149 +294,6 @@ class TestInterruption:
         else:
             model(**batch())
         assert torch.equal(weight, before[name])
-
-
-class TestStandIn:
-    """Each use a module may make of a weight, against the same use of the merged weight."""
-
-    USES = {
-        "linear": lambda m, x: torch.stack([F.linear(x[e], m.stack[e]) for e in range(3)]),
-        "linear with bias": lambda m, x: torch.stack([F.linear(x[e], m.stack[e], m.vector) for e in range(3)]),
-        "tensor index": lambda m, x: torch.stack([F.linear(x[e], m.stack[torch.tensor(e)]) for e in range(3)]),
-        "negative index": lambda m, x: F.linear(x[0], m.stack[-1]),
-        "matmul": lambda m, x: torch.stack([x[e] @ m.stack[e].T for e in range(3)]),
-        "from the left": lambda m, x: torch.stack([(m.stack[e] @ x[e].T).T for e in range(3)]),
-        "mm": lambda m, x: torch.mm(x[1], m.stack[1].t()),
-        "bmm": lambda m, x: torch.bmm(x, m.stack.transpose(1, 2)),
-        "bmm from the left": lambda m, x: torch.bmm(m.stack, x.mT).mT,
-        "batched matmul": lambda m, x: x @ m.stack.mT,
-        "permuted": lambda m, x: torch.matmul(x, m.stack.permute(0, 2, 1)),
-        "gathered": lambda m, x: torch.bmm(m.stack[torch.tensor([2, 0, 2])], x.mT).mT,
-        "gathered, none": lambda m, x: torch.bmm(m.stack[torch.tensor([], dtype=torch.long)], x[:0].mT).mT + x.sum(),
-        "grouped": lambda m, x: F.grouped_mm(
-            x.flatten(0, 1), m.stack.mT, offs=torch.tensor([4, 4, 15], dtype=torch.int32)
-        ),
-        "converted to itself": lambda m, x: F.linear(x[0], m.stack[0].to(x.dtype).to(x.device).contiguous()),
-        "operands by name": lambda m, x: (
-            F.linear(input=x[0], weight=m.stack[0], bias=m.vector) + torch.mm(input=x[0], mat2=m.stack[1].t())
-        ),
-        "turned, then indexed": lambda m, x: x[0] @ m.stack.mT[1] + x[1] @ m.stack.transpose(-1, -2)[torch.tensor(2)],
-        "one matrix": lambda m, x: F.linear(x, m.one),
-        "one matrix, several times": lambda m, x: F.linear(x, m.one) + x @ m.one.T,
-        "one row of x": lambda m, x: F.linear(x[0, 0], m.one),
-    }
-    UNKNOWN = {
-        "einsum": lambda m, x: torch.einsum("etk,enk->etn", x, m.stack),
-        "into another tensor": lambda m, x: (
-            torch.mm(x[0].detach(), m.stack[0].t().detach(), out=torch.empty(5, 12)) + x.sum()
-        ),
-        "a vector from the right": lambda m, x: m.stack @ x[0, 0],
-        "other axes": lambda m, x: x[0] @ m.stack.transpose(0, 1)[0].T,
-        "chunks": lambda m, x: torch.cat([F.linear(x[0], part) for part in m.stack[0].chunk(2)], -1),
-        "slices": lambda m, x: F.linear(x[0], m.stack[:, :4].sum(0)),
-        "embedding": lambda m, x: F.embedding(torch.tensor([[1, 5]]), m.one),
-        "a list": lambda m, x: F.linear(x, torch.cat([m.one, m.one])),
-        "double": lambda m, x: F.linear(x.double(), m.stack[0].double()),
-        "sum of a gathered": lambda m, x: m.stack[torch.tensor([0, 0, 1])].sum(0) * x.sum(),
-    }
-
-    @staticmethod
-    def compare(use, training=True, forward="auto"):
-        module = Bank(use)
-        truth = copy.deepcopy(module)
-        names = ["bank.stack", "bank.one"]
-        settings = {"target_parameters": names, "block_size": 4, "density": 0.6, "forward": forward}
-        model = adapted(module, **settings).train(training)
-        parameters = dict(truth.named_parameters())
-        with torch.no_grad():
-            for name, layer in layers(model).items():
-                parameters[name] += layer.get_delta_weight("default")
-        x = torch.randn(3, 5, 8, requires_grad=True)
-        x_truth = x.detach().clone().requires_grad_()
-        y, expected = model(x), truth(x_truth)
-        assert type(y) is torch.Tensor
-        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-        upstream = torch.randn_like(expected)
-        y.backward(upstream)
-        expected.backward(upstream)
-        torch.testing.assert_close(x.grad, x_truth.grad, rtol=1e-5, atol=1e-4)
-        for name, layer in layers(model).items():
-            ours, dense = layer.smt_blocks["default"].weight.grad, parameters[name].grad
-            if dense is None or ours is None:
-                assert (dense is None or not dense.any()) and (ours is None or not ours.any())
-                continue
-            torch.testing.assert_close(ours, blocks_of(dense, layer).to(ours.dtype), rtol=1e-5, atol=1e-4)
-
-    @pytest.mark.parametrize("forward", ["swap", "additive"])
-    @pytest.mark.parametrize("use", USES.values(), ids=list(USES))
-    def test_known_uses(self, use, forward, caplog):
-        caplog.set_level(logging.INFO, logger="smt_peft")
-        self.compare(use, forward=forward)
-        assert "dense copy" not in caplog.text
-
-    @pytest.mark.parametrize("use", UNKNOWN.values(), ids=list(UNKNOWN))
-    def test_other_uses_take_a_dense_copy_and_say_so(self, use, caplog, monkeypatch):
-        monkeypatch.setattr("smt_peft.say._said", set())
-        caplog.set_level(logging.INFO, logger="smt_peft")
-        self.compare(use)
-        assert len([line for line in caplog.messages if "dense copy" in line]) == 1
-
-    def test_metadata_is_the_weights(self):
-        seen = {}
-
-        def use(m, x):
-            if seen:
-                return F.linear(x, m.one)
-            seen.update(type=type(m.stack), shape=m.stack.shape, dtype=m.stack.dtype, device=m.stack.device)
-            seen.update(size=m.stack.size(0), dim=m.stack.dim(), one=m.stack[0].shape, length=len(m.stack))
-            seen.update(some=m.stack[torch.tensor([0, 1])].shape, turned=m.stack.mT.shape)
-            return F.linear(x, m.one)
-
-        self.compare(use)
-        assert seen == {
-            **{"type": StandIn, "shape": (3, 12, 8), "dtype": torch.float32, "device": torch.device("cpu")},
-            **{"size": 3, "dim": 3, "one": (12, 8), "length": 3, "some": (2, 12, 8), "turned": (3, 8, 12)},
-        }
-
-    def test_a_gradient_that_is_not_recorded_is_an_error(self):
-        class Hidden(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, x, weight):
-                return F.linear(x, weight)
-
-            @staticmethod
-            def backward(ctx, grad):
-                return None, None
-
-        model = adapted(Bank(lambda m, x: Hidden.apply(x, m.one)), target_parameters=["bank.one"], block_size=4)
-        with pytest.raises(RuntimeError, match=r"bank\.one: .*silently stay frozen"):
-            model(torch.randn(2, 8, requires_grad=True))
-        with torch.no_grad():
-            model(torch.randn(2, 8))
-
-    def test_reading_the_memory_is_an_error(self):
-        model = adapted(Bank(lambda m, x: m.one.untyped_storage()), target_parameters=["bank.one"], block_size=4)
-        with pytest.raises(RuntimeError, match=r"bank\.one: untyped_storage reads the weight past"):
-            model(torch.randn(2, 8))
-
-    def test_a_weight_kept_beyond_the_call_is_an_error(self):
-        kept = []
-        model = adapted(Bank(lambda m, x: kept.append(m.one) or x), target_parameters=["bank.one"], block_size=4)
-        model(torch.randn(2, 8))
-        with pytest.raises(RuntimeError, match="after the call of its module"):
-            F.linear(torch.randn(2, 8), kept[0])
-
-    def test_the_module_is_as_before_after_an_exception(self):
-        def fail(m, x):
-            assert type(m.stack) is StandIn
-            raise ArithmeticError
-
-        model = adapted(Bank(fail), target_parameters=["bank.stack", "bank.one"], block_size=4)
-        bank = model.get_base_model().bank.base_layer
-        before = {name: id(p) for name, p in bank.named_parameters()}
-        with pytest.raises(ArithmeticError):
-            model(torch.randn(2, 8))
-        assert {name: id(p) for name, p in bank.named_parameters()} == before
 
 
 class TestAdapters:
@@ -739,196 +554,3 @@ class TestAdapters:
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda each: model(**each).logits.detach(), batches))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-@pytest.fixture(params=[tiny_mixtral, tiny_gpt_oss], ids=["mixtral", "gpt-oss"])
-def saved(request, tmp_path):
-    """A base checkpoint, an adapter on it, and the logits of both together."""
-    request.param().save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = adapted(base, target_modules=["q_proj"], budget="global", spread="free", density=0.1).eval()
-    model.save_pretrained(tmp_path / "adapter")
-    logits = model(**batch()).logits.detach()
-    model.merge_and_unload().save_pretrained(tmp_path / "merged")
-    return tmp_path, logits
-
-
-class TestFiles:
-    def test_blocks_are_named_by_their_parameter(self, saved):
-        path, _ = saved
-        config = SMTConfig.from_pretrained(path / "adapter")
-        tensors = load_file(path / "adapter" / "adapter_model.safetensors")
-        assert config.target_parameters == sorted(EXPERTS)
-        assert any("experts" in name for name in config.block_pattern)
-        for name, shape in config.block_pattern.items():
-            assert list(tensors.pop(f"base_model.model.{name}.smt_blocks.weight").shape) == shape
-            assert len(tensors.pop(f"base_model.model.{name}.smt_blocks.index")) == shape[0]
-        assert not tensors
-
-    @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-    def test_roads_in(self, saved, low_cpu_mem_usage):
-        path, logits = saved
-        base = AutoModelForCausalLM.from_pretrained(path / "base")
-        model = PeftModel.from_pretrained(base, path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
-        assert torch.equal(model(**batch()).logits, logits)
-        loaded = AutoModelForCausalLM.from_pretrained(path / "base")
-        loaded.load_adapter(str(path / "adapter"), low_cpu_mem_usage=low_cpu_mem_usage)
-        assert torch.equal(loaded.eval()(**batch()).logits, logits)
-
-    def test_fresh_processes(self, saved):
-        path, logits = saved
-        torch.save({"batch": batch(), "logits": logits}, path / "expected.pt")
-        code = """
-import sys, torch, smt_peft
-from peft import AutoPeftModelForCausalLM
-path = sys.argv[1]
-model = AutoPeftModelForCausalLM.from_pretrained(path + "/adapter").eval()
-expected = torch.load(path + "/expected.pt")
-assert torch.equal(model(**expected["batch"]).logits, expected["logits"])
-print("equal")
-"""
-        plain = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-path = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(path + "/merged").eval()
-expected = torch.load(path + "/expected.pt")
-torch.testing.assert_close(model(**expected["batch"]).logits, expected["logits"], rtol=1e-4, atol=1e-5)
-assert "smt_peft" not in sys.modules
-print("equal")
-"""
-        for each in (code, plain):
-            done = subprocess.run([sys.executable, "-c", each, str(path)], capture_output=True, text=True)
-            assert done.stdout.strip().endswith("equal"), done.stderr
-
-    def test_a_merged_checkpoint_holds_the_merged_parameters_exactly(self, saved):
-        path, _ = saved
-        base = AutoModelForCausalLM.from_pretrained(path / "base")
-        merged = PeftModel.from_pretrained(base, path / "adapter").merge_and_unload()
-        again = AutoModelForCausalLM.from_pretrained(path / "merged")
-        for (name, ours), theirs in zip(merged.named_parameters(), again.parameters(), strict=True):
-            assert torch.equal(ours, theirs), name
-
-    def test_blocks_that_cross_experts_are_refused(self, saved):
-        path, _ = saved
-        config = SMTConfig.from_pretrained(path / "adapter")
-        name = next(name for name in config.block_pattern if "experts" in name)
-        config.block_pattern[name][1] = 7
-        config.save_pretrained(path / "adapter")
-        base = AutoModelForCausalLM.from_pretrained(path / "base")
-        before = [(name, type(module)) for name, module in base.named_modules()]
-        with pytest.raises(
-            ValueError, match=r"experts\.\w+: blocks of 7 rows would reach from one expert into the next"
-        ):
-            PeftModel.from_pretrained(base, path / "adapter")
-        assert [(name, type(module)) for name, module in base.named_modules()] == before
-
-    def test_another_base_is_refused_and_nothing_is_left(self, saved):
-        path, _ = saved
-        base = AutoModelForCausalLM.from_pretrained(path / "base")
-        with torch.no_grad():
-            base.model.layers[0].mlp.experts.down_proj.add_(1)
-        before = [(name, type(module)) for name, module in base.named_modules()]
-        with pytest.raises(ValueError, match="another base model"):
-            PeftModel.from_pretrained(base, path / "adapter")
-        assert [(name, type(module)) for name, module in base.named_modules()] == before
-
-    def test_a_failed_second_adapter_leaves_the_first(self):
-        model = adapted(tiny_mixtral(), target_parameters=EXPERTS[1:]).eval()
-        logits = model(**batch()).logits
-        before = [(name, type(module)) for name, module in model.named_modules()]
-        with pytest.raises(ValueError, match="overlay"):
-            model.add_adapter("other", SMTConfig(**{**SETTINGS, "forward": "overlay"}))
-        assert [(name, type(module)) for name, module in model.named_modules()] == before
-        assert torch.equal(model(**batch()).logits, logits)
-
-
-class TestTargetsThatWouldStayFrozen:
-    """unsloth#11014: silently untrained experts are worse than an error."""
-
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
-            (
-                {"target_parameters": ["experts.up_proj"]},
-                r"'experts\.up_proj' matches no parameter.*'experts\.down_proj'",
-            ),
-            ({"target_parameters": ["mlp.experts"]}, r"'mlp\.experts' names a module.*target_modules"),
-            ({"target_parameters": ["norm.weight"]}, r"model\.norm\.weight cannot be a target: it is 1-D"),
-            (
-                {"target_parameters": ["q_proj.weight"], "target_modules": ["q_proj"]},
-                r"is named by target_modules, too",
-            ),
-            ({"target_parameters": ["lm_head.weight"], "modules_to_save": ["lm_head"]}, r"left out by"),
-            ({"layers_to_transform": [7]}, r"left out by"),
-            (
-                {"target_parameters": None, "target_modules": r".*up_proj"},
-                r"not found.*Its experts are no modules.*down_",
-            ),
-            (
-                {"target_parameters": None, "target_modules": ["gate_up_proj"]},
-                r"no module but a parameter.*target_param",
-            ),
-            (
-                {"target_parameters": [], "target_modules": ["q_proj", "experts.down_proj"]},
-                r"no module but a parameter",
-            ),
-            ({"target_parameters": EXPERTS[:1], "target_modules": ["down_proj"]}, r"no module but a parameter"),
-        ],
-    )
-    def test_are_errors_that_leave_no_trace(self, settings, message):
-        base = tiny_mixtral()
-        with pytest.raises(ValueError, match=message):
-            adapted(base, **settings)
-        assert not [module for module in base.modules() if isinstance(module, ParamWrapper)]
-        assert all(p.requires_grad for p in base.parameters())
-
-    @pytest.mark.parametrize("value", ["experts.down_proj", [1], [""]])
-    def test_names_must_be_a_list(self, value):
-        with pytest.raises(ValueError, match="target_parameters must be a list"):
-            SMTConfig(target_parameters=value)
-
-    def test_a_parameter_of_the_model_itself(self):
-        module = Bank(None).bank
-        with pytest.raises(ValueError, match="belongs to the model itself"):
-            adapted(module, target_parameters=["one"])
-
-    def test_a_parameter_that_is_packed_or_parametrized(self):
-        module = Bank(None)
-        module.bank.one = nn.Parameter(torch.ones(12, 8, dtype=torch.int8), requires_grad=False)
-        with pytest.raises(ValueError, match=r"stored as torch\.int8"):
-            adapted(module, target_parameters=["bank.one"])
-        module = Bank(None)
-        nn.utils.parametrize.register_parametrization(module.bank, "one", nn.Identity())
-        with pytest.raises(ValueError, match=r"bank\.one cannot be a target: its module is parametrized"):
-            adapted(module, target_parameters=["bank.one"])
-
-    def test_an_adapter_of_another_method(self):
-        base = tiny_mixtral()
-        inject_adapter_in_model(LoraConfig(target_parameters=["experts.down_proj"], target_modules=[]), base)
-        with pytest.raises(ValueError, match=r"experts\.\w+ cannot be a target: .* carries an adapter"):
-            adapted(base)
-
-    def test_all_linear_says_which_experts_it_passes_over(self, caplog, monkeypatch):
-        monkeypatch.setattr("smt_peft.say._said", set())
-        caplog.set_level(logging.INFO, logger="smt_peft")
-        model = get_peft_model(tiny_mixtral(), SMTConfig(density=0.1, block_size=8))
-        (line,) = [line for line in caplog.messages if "stay frozen" in line]
-        assert "4 parameters" in line and "target_parameters=['experts.down_proj', 'experts.gate_up_proj']" in line
-        assert not layers(model)
-
-    @pytest.mark.parametrize("settings", [{"target_parameters": []}, {"target_parameters": EXPERTS}])
-    def test_a_choice_that_was_made_is_not_commented_on(self, settings, caplog, monkeypatch):
-        monkeypatch.setattr("smt_peft.say._said", set())
-        caplog.set_level(logging.INFO, logger="smt_peft")
-        get_peft_model(tiny_mixtral(), SMTConfig(density=0.1, block_size=8, **settings))
-        get_peft_model(tiny_llama(), SMTConfig(density=0.1, block_size=8))
-        assert "stay frozen" not in caplog.text
-
-    def test_a_sharded_parameter_is_an_error_at_the_call(self):
-        model = adapted(Bank(lambda m, x: F.linear(x, m.one)), target_parameters=["bank.one"], block_size=4)
-        bank = model.get_base_model().bank.base_layer
-        flat = bank._parameters.pop("one")
-        bank.one = flat.detach()
-        with pytest.raises(RuntimeError, match=r"bank\.one is no parameter of its module any more"):
-            model(torch.randn(2, 8))

@@ -1,0 +1,156 @@
+"""Which cells are run to answer which question. A cell is a task, a method and a budget; its learning rate is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from .docstrings import Docstrings
+from .methods import RIVALS, SMT, START
+from .skills import Skill
+from .task import Task
+
+#: Steps and rows of a batch, such that full fine-tuning just learns it: what a small budget costs can then be seen.
+TASKS: dict[str, Callable[[], Task]] = {
+    "reverse": lambda: Skill("reverse", 80),
+    "sort": lambda: Skill("sort", 50),
+    "shift": lambda: Skill("shift", 80),
+    "rename": lambda: Skill("rename", 100, batch=16),
+    "docstrings": lambda: Docstrings(100),
+}
+SKILLS = ("reverse", "sort", "shift")
+SEEDS = 3
+#: Where the searches of a task start, as a multiple of where they start elsewhere.
+RATE_SCALE = {"docstrings": 0.25}
+
+#: The settings of `SMTConfig` that the evidence is about; `CHOSEN` are its defaults.
+CHOSEN: dict[str, Any] = {
+    "score": "grad_abs",
+    "spread": "assignment",
+    "budget": "per_module",
+    "block_size": "auto",
+}
+#: What SMT's own scores and shapes express of other methods.
+FAMILY: dict[str, dict[str, Any]] = {
+    "smt": CHOSEN,
+    "random": CHOSEN | {"score": "random"},
+    "diagonal": CHOSEN | {"score": "diagonal"},
+    "magnitude": CHOSEN | {"score": "magnitude"},
+    "lift": CHOSEN | {"score": "low_rank_magnitude"},
+    "columns": CHOSEN | {"score": "random", "block_size": [-1, 1], "spread": "free"},
+    "rows": CHOSEN | {"score": "random", "block_size": [1, -1], "spread": "free"},
+    "activation": CHOSEN | {"score": "activation", "block_size": [-1, 1], "spread": "free"},
+    "released": CHOSEN | {"score": "mean_abs", "budget": "global", "spread": "free"},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method on a task at a budget.
+
+    Args:
+        task: of `TASKS`.
+        name: what a table calls it.
+        method: as `methods.prepare` takes it.
+        budget: rank of the LoRA with as many trainable weights.
+        settings: as `methods.prepare` takes them.
+        start: learning rate from where the search begins.
+    """
+
+    task: str
+    name: str
+    method: str
+    budget: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    start: float = 0.0
+
+
+def cell(task: str, name: str, rank: float, **changes: Any) -> Cell:
+    """By the name of a method, or of the SMT family with some settings changed."""
+    scale = RATE_SCALE.get(task, 1.0)
+    if name in FAMILY:
+        settings = FAMILY[name] | changes
+        label = ", ".join([name, *(f"{key}={value}" for key, value in changes.items())])
+        return Cell(task, label, SMT, rank, settings, scale * START[SMT])
+    return Cell(task, name, name, 0 if name == "full" else rank, changes, scale * START[name])
+
+
+def core(tasks: tuple[str, ...], budgets: tuple[float, ...]) -> Iterator[Cell]:
+    """SMT's defaults beside full fine-tuning, the rivals that are named most, and what needs no selection."""
+    for budget in budgets:
+        for name in ("smt", "lora", "dora", "random", "diagonal", "full", "shira"):
+            yield from (cell(task, name, budget) for task in tasks)
+
+
+def rivals() -> Iterator[Cell]:
+    for name in ("lift", "magnitude", "columns", "rows", "activation", "released", *RIVALS):
+        yield from (cell(task, name, 2) for task in SKILLS)
+
+
+def budgets() -> Iterator[Cell]:
+    for budget in (0.32, 16):
+        for name in ("smt", "lora", "random", "diagonal"):
+            # The least LoRA of all layers is rank 1; on these three of a layer, rank 1 has as many weights as 0.32.
+            part = {"modules": "qvo"} if name == "lora" and budget < 1 else {}
+            yield from (cell(task, name, budget, **part) for task in SKILLS)
+
+
+def spread() -> Iterator[Cell]:
+    for score in ("grad_abs", "mean_abs", "grad_sum_abs", "grad_sq", "taylor", "magnitude", "low_rank_magnitude"):
+        for lie in ("free", "capped", "assignment"):
+            yield from (cell(task, "smt", 2, score=score, spread=lie) for task in SKILLS)
+    for lie in ("free", "capped"):
+        yield from (cell(task, "smt", 2, score="random", spread=lie) for task in SKILLS)
+
+
+def blocks() -> Iterator[Cell]:
+    for size in (2, 4, 8, 16, 32, 64, 128, [4, 16], [16, 4], [2, 32], [32, 2], [-1, 1], [1, -1]):
+        yield from (cell(task, "smt", 2, block_size=size) for task in SKILLS)
+
+
+def scope() -> Iterator[Cell]:
+    for budget in ("per_layer", "global"):
+        for lie in ("assignment", "free"):
+            yield from (cell(task, "smt", 2, budget=budget, spread=lie) for task in SKILLS)
+
+
+def modules() -> Iterator[Cell]:
+    for part in ("attention", "mlp"):
+        for name in ("smt", "lora"):
+            yield from (cell(task, name, 2, modules=part) for task in SKILLS)
+
+
+def warmup() -> Iterator[Cell]:
+    for score in ("grad_abs", "mean_abs"):
+        for count in (1, 4, 64, 200):
+            yield from (cell(task, "smt", 2, score=score, warmup_batches=count) for task in SKILLS)
+
+
+def transfer() -> Iterator[Cell]:
+    for task in SKILLS:
+        yield from (cell(task, "smt", 2, warmup_task=other) for other in SKILLS if other != task)
+
+
+STUDIES: dict[str, Callable[[], Iterator[Cell]]] = {
+    "core": lambda: core(SKILLS, (2, 6)),
+    "encoder": lambda: core(("docstrings",), (2, 8)),
+    "rename": lambda: core(("rename",), (2,)),
+    "rivals": rivals,
+    "budgets": budgets,
+    "blocks": blocks,
+    "spread": spread,
+    "scope": scope,
+    "modules": modules,
+    "warmup": warmup,
+    "transfer": transfer,
+}
+
+
+def cells(names: list[str]) -> list[Cell]:
+    """Of these studies, in their order, each once."""
+    found: dict[str, Cell] = {}
+    for name in names:
+        for each in STUDIES[name]():
+            found.setdefault(repr((each.task, each.method, each.budget, sorted(each.settings.items()))), each)
+    return list(found.values())

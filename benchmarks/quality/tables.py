@@ -1,0 +1,219 @@
+"""Tables of docs/results.md about quality, each made from the committed runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+
+from ..markdown import table
+from .agreement import FILE as AGREEMENT
+from .methods import RIVALS
+from .results import Outcome, Runs
+from .studies import SKILLS, Cell, cell
+
+TITLES = {
+    "smt": "**SMT** (defaults)",
+    "random": "random blocks, a matching",
+    "diagonal": "diagonal blocks (DiaBlo)",
+    "magnitude": "magnitude, a matching",
+    "lift": "low-rank magnitude (LIFT), a matching",
+    "columns": "whole columns, random (PaCA)",
+    "rows": "whole rows, random",
+    "activation": "whole columns, by activation",
+    "released": "as the released SMT code chooses",
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "rslora": "rsLoRA",
+    "pissa": "PiSSA",
+    "shira": "SHiRA",
+    "miss": "MiSS",
+    "loha": "LoHa",
+    "hra": "HRA",
+    "oft": "OFT",
+    "gralora": "GraLoRA",
+    "delora": "DeLoRA",
+    "hira": "HiRA",
+    "fourierft": "FourierFT",
+    "waveft": "WaveFT",
+    "ia3": "IA3",
+}
+CORE = ("full", "smt", "random", "diagonal", "lora", "dora", "shira")
+FAMILY = ("lift", "magnitude", "columns", "rows", "activation", "released")
+Row = tuple[str, list[Outcome | None]]
+
+
+@cache
+def runs() -> Runs:
+    return Runs.read()
+
+
+def outcomes(name: str, tasks: Sequence[str], budget: float, **changes) -> list[Outcome | None]:
+    return [runs().outcome(cell(task, name, budget, **changes)) for task in tasks]
+
+
+def mean(found: Sequence[Outcome | None], of: Callable[[Outcome], float | None]) -> float | None:
+    """None where an outcome, or its figure, is missing."""
+    values = [None if each is None else of(each) for each in found]
+    return None if None in values or not values else statistics.mean(values)
+
+
+def score(outcome: Outcome | None) -> str:
+    return "-" if outcome is None else f"{outcome.accuracy:.1f} ± {outcome.deviation:.1f}"
+
+
+def shown(value: float | None, form: str = ".1f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def rate(found: Sequence[Outcome | None]) -> str:
+    rates = sorted({each.rate for each in found if each})
+    return "-" if not rates else "-".join(f"{value:.1e}" for value in {rates[0]: 0, rates[-1]: 0})
+
+
+def core(tasks: Sequence[str], budget: float, names: Sequence[str] = CORE, best_first: bool = True) -> str:
+    """Accuracy in percent, mean and standard deviation over seeds; what is remembered; trained weights; rate."""
+    rows = [(name, outcomes(name, tasks, budget)) for name in names]
+    rows = [(name, found) for name, found in rows if any(found)]
+    if best_first:
+        rows.sort(key=lambda row: -(mean(row[1], lambda each: each.accuracy) or 0))
+    forgetting = any(each and each.remembered is not None for _, found in rows for each in found)
+    heads = ["", *tasks, *(["mean"] if len(tasks) > 1 else []), *(["text"] if forgetting else []), "trained", "rate"]
+    lines = []
+    for name, found in rows:
+        line = [TITLES[name], *map(score, found)]
+        line += [shown(mean(found, lambda each: each.accuracy))] if len(tasks) > 1 else []
+        line += [shown(mean(found, lambda each: each.remembered), ".2f")] if forgetting else []
+        lines.append([*line, shown(mean(found, lambda each: each.trainable), ",.0f"), rate(found)])
+    return table(heads, lines)
+
+
+def variants(rows: Sequence[tuple[str, dict]], tasks: Sequence[str] = SKILLS, budget: float = 2) -> str:
+    """SMT with settings changed: accuracy, the rows and columns that its blocks reach, what is remembered, rate."""
+    heads = ["", *tasks, "mean", "rows", "columns", "text", "rate"]
+    lines = []
+    for title, changes in rows:
+        found = outcomes("smt", tasks, budget, **changes)
+        if any(found):
+            lines.append([
+                title,
+                *map(score, found),
+                shown(mean(found, lambda each: each.accuracy)),
+                shown(mean(found, lambda each: each.shape("rows")), ".0%"),
+                shown(mean(found, lambda each: each.shape("cols")), ".0%"),
+                shown(mean(found, lambda each: each.remembered), ".2f"),
+                rate(found),
+            ])  # fmt: skip
+    return table(heads, lines)
+
+
+def spread() -> str:
+    """Mean accuracy over the skills, by score and spread."""
+    spreads = ("free", "capped", "assignment")
+    lines = []
+    for kind in (
+        "grad_abs",
+        "mean_abs",
+        "grad_sum_abs",
+        "grad_sq",
+        "taylor",
+        "magnitude",
+        "low_rank_magnitude",
+        "random",
+    ):
+        line = [f"`{kind}`"]
+        for lie in spreads:
+            found = outcomes("smt", SKILLS, 2, score=kind, spread=lie)
+            line.append(shown(mean(found, lambda each: each.accuracy)))
+        lines.append(line)
+    return table(["score", *(f"`{lie}`" for lie in spreads)], [line for line in lines if set(line[1:]) != {"-"}])
+
+
+def budgets() -> str:
+    """Mean accuracy over the skills, by method and budget."""
+    sizes = {0.32: "0.2 %", 2: "1.26 %", 6: "3.8 %", 16: "10 %"}
+    lines = []
+    for name in ("smt", "random", "diagonal", "lora"):
+        line = [TITLES[name]]
+        for size in sizes:
+            part = {"modules": "qvo"} if name == "lora" and size < 1 else {}
+            line.append(shown(mean(outcomes(name, SKILLS, size, **part), lambda each: each.accuracy)))
+        lines.append(line)
+    return table(["", *sizes.values()], lines)
+
+
+def parts() -> str:
+    """Mean accuracy over the skills, by the layers that may train."""
+    lines = []
+    for name in ("smt", "lora"):
+        line = [TITLES[name]]
+        for part in ("all", "attention", "mlp"):
+            changes = {} if part == "all" else {"modules": part}
+            line.append(shown(mean(outcomes(name, SKILLS, 2, **changes), lambda each: each.accuracy)))
+        lines.append(line)
+    return table(["", "all linear layers", "attention only", "MLP only"], lines)
+
+
+def warmup() -> str:
+    lines = []
+    for count in (1, 4, 16, 64, 200):
+        line = [str(count)]
+        for kind in ("grad_abs", "mean_abs"):
+            changes = {"score": kind} | ({} if count == 16 else {"warmup_batches": count})
+            found = outcomes("smt", SKILLS, 2, **changes)
+            line += [shown(mean(found, lambda each: each.accuracy))]
+            line += [shown(mean(found, lambda each: each.warmup_share), ".0%")]
+        lines.append(line)
+    heads = ["batches", "`grad_abs`", "share of the time", "`mean_abs`", "share of the time"]
+    return table(heads, lines)
+
+
+def transfer() -> str:
+    """Accuracy on the task of a line with blocks that the task of a column chose."""
+    lines = []
+    for task in SKILLS:
+        line = [task]
+        for other in SKILLS:
+            changes = {} if other == task else {"warmup_task": other}
+            line.append(score(runs().outcome(cell(task, "smt", 2, **changes))))
+        lines.append([*line, score(runs().outcome(cell(task, "random", 2)))])
+    return table(["trained on", *(f"chosen on {other}" for other in SKILLS), "random blocks"], lines)
+
+
+def agreement() -> str:
+    found = json.loads(AGREEMENT.read_text())
+    at = {(row["between"], row["score"], row["spread"], row["batches"]): row["overlap"] for row in found["rows"]}
+    lengths = sorted({row["batches"] for row in found["rows"]})
+    lines = []
+    for kind in dict.fromkeys(row["score"] for row in found["rows"]):
+        for lie in ("free", "assignment"):
+            for between, title in (("seeds", "two seeds"), ("longest", "and the longest"), ("tasks", "two skills")):
+                values = [f"{at[between, kind, lie, count]:.0%}" for count in lengths]
+                lines.append([f"`{kind}`, `{lie}`", title, *values])
+    return table(["", "between", *(f"{count} batches" for count in lengths)], lines)
+
+
+SIZES = (2, 4, 8, 16, 32, 64, 128, [4, 16], [16, 4], [2, 32], [32, 2], [-1, 1], [1, -1])
+SCOPES = [
+    (f"`{scope}`, `{lie}`", {"budget": scope, "spread": lie} if scope != "per_module" or lie == "free" else {})
+    for scope in ("per_module", "per_layer", "global")
+    for lie in ("assignment", "free")
+]
+TABLES: dict[str, Callable[[], str]] = {
+    "quality-core-2": partial(core, SKILLS, 2),
+    "quality-core-6": partial(core, SKILLS, 6),
+    "quality-encoder-2": partial(core, ("docstrings",), 2),
+    "quality-encoder-8": partial(core, ("docstrings",), 8),
+    "quality-rename": partial(core, ("rename",), 2),
+    "quality-rivals": partial(core, SKILLS, 2, (*CORE, *FAMILY, *(name for name in RIVALS if name not in CORE))),
+    "quality-budgets": budgets,
+    "quality-spread": spread,
+    "quality-blocks": partial(variants, [(_title, {"block_size": size}) for size in SIZES for _title in [str(size)]]),
+    "quality-scope": partial(variants, SCOPES),
+    "quality-modules": parts,
+    "quality-warmup": warmup,
+    "quality-transfer": transfer,
+    "quality-agreement": agreement,
+}

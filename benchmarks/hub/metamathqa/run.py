@@ -35,6 +35,8 @@ from .harness import Harness, HarnessError, load_harness
 ROOT = HERE.parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "metamathqa"
 WARMUP_BATCHES = 64
+# With an older one the harness trains, but fails to save, and goes on with a made-up file size.
+OLDEST_PYTHON = (3, 12)
 
 
 def run_experiment(harness: Harness, name: str, out: Path, warmup_batches: int, verbose: bool = False) -> Path:
@@ -180,6 +182,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if arguments.only is None:
             known = sorted(folder.name for folder in (arguments.folder / "experiments" / METHOD).glob("*/"))
+            if sys.version_info < OLDEST_PYTHON:
+                raise HarnessError(
+                    f"PEFT's harness needs Python {'.'.join(map(str, OLDEST_PYTHON))} or later, this is "
+                    f"{'.'.join(map(str, sys.version_info[:2]))}"
+                )
             if unknown := [name for name in arguments.names if name not in known]:
                 raise HarnessError(f"there is no experiment {unknown[0]}; known are {', '.join(known)}")
             sys.exit(_run_each(arguments.names or known, arguments) > 0)

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 FIELDS = ("instruction", "input", "output", "answer")
-# The Alpaca prompt, which every published evaluation uses. The line that announces an input is for rows that have one.
-HEAD = (
-    "Below is an instruction that describes a task{input}. Write a response that appropriately completes the request."
-)
+# The Alpaca prompt: published accuracies are of models that were trained and asked with it.
+HEAD = "Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
 WITH_INPUT = ", paired with an input that provides further context"
 
 

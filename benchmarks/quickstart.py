@@ -12,15 +12,15 @@ FILE = Path(__file__).resolve().parent / "results" / "quickstart_cpu.json"
 
 def demo() -> str:
     found = json.loads(FILE.read_text())
-    lora = found["lora"]
+    before, after, lora = found["before"], found["after"], found["lora"]
     return table(
         ["", "exact match", "trained weights"],
         [
-            ["frozen", f"{found['before']['exact_match']:.1%}", ""],
-            ["SMT, 4 % of the linear weights", f"{found['after']['exact_match']:.1%}", f"{found['trainable_parameters']:,}"],
+            ["frozen", f"{before['exact_match']:.1%}", ""],
+            ["SMT, 4 % of the linear weights", f"{after['exact_match']:.1%}", f"{found['trainable_parameters']:,}"],
             [f"LoRA, rank {lora['rank']}", f"{lora['exact_match']:.1%}", f"{lora['trainable_parameters']:,}"],
         ],
-    )  # fmt: skip
+    )
 
 
 TABLES = {"quickstart": demo}

@@ -168,7 +168,7 @@ def docstrings_of(package: str) -> list[str]:
     order = sorted(found, key=lambda text: (zlib.crc32(text.encode()), text))
     if len(order) < ROWS_PER_PACKAGE:
         raise ValueError(
-            f"{package} {importlib.metadata.version(package)}: {len(order)} usable docstrings, {ROWS_PER_PACKAGE} needed"
+            f"{package} {importlib.metadata.version(package)}: {len(order)} docstrings, {ROWS_PER_PACKAGE} needed"
         )
     return order[:ROWS_PER_PACKAGE]
 

@@ -11,7 +11,7 @@ from ..markdown import table
 from .agreement import FILE as AGREEMENT
 from .methods import RIVALS
 from .results import Outcome, Runs
-from .studies import SKILLS, Cell, cell
+from .studies import SKILLS, cell
 
 TITLES = {
     "smt": "**SMT** (defaults)",

@@ -2,16 +2,15 @@
 
 A folder is what PEFT's harness reads: `experiments/<method>/<name>/` with `adapter_config.json`, and in
 `training_params.json` what differs from the harness's own settings, here the learning rate. Every setting that decides
-about blocks is spelt out in it, so that an experiment stays what it is when defaults of `SMTConfig` move; only those
-named `default` follow them, when this is run again:
+about blocks is spelt out in it, so that a result tells what `default` was when it was made.
 
-    python -m benchmarks.hub.metamathqa.grid
+    python -m benchmarks.hub.metamathqa.grid out/metamathqa      # writes them; `run` does so by itself
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from typing import Any
 from smt_peft import SMTConfig
 
 METHOD = "smt"
-HERE = Path(__file__).resolve().parent
-EXPERIMENTS = HERE / "experiments"
 # Weights that LoRA r32 and SHiRA train on q_proj and v_proj of Llama-3.2-3B:
 # 32 x 28 x ((3072 + 3072) + (3072 + 1024)).
 TRAINABLE = 9_175_040
@@ -43,10 +40,6 @@ class Experiment:
     adapter: dict[str, Any]
     training: dict[str, Any]
 
-    @property
-    def folder(self) -> Path:
-        return EXPERIMENTS / METHOD / self.name
-
     def files(self) -> dict[str, str]:
         """Text of each file by its name."""
         return {
@@ -54,10 +47,12 @@ class Experiment:
             "training_params.json": json.dumps(self.training, indent=2) + "\n",
         }
 
-    def write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def write(self, directory: Path) -> None:
+        """Write the folder, below the directory that holds `experiments`."""
+        folder = directory / "experiments" / METHOD / self.name
+        folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.files().items():
-            (self.folder / name).write_text(text, "utf-8")
+            (folder / name).write_text(text, "utf-8")
 
 
 def variants() -> dict[str, SMTConfig]:
@@ -92,11 +87,10 @@ def grid() -> list[Experiment]:
     ]
 
 
-def write() -> None:
-    """Write every folder anew, and remove those that are no longer there."""
-    shutil.rmtree(EXPERIMENTS / METHOD, ignore_errors=True)
+def write(directory: Path) -> None:
+    """Write every folder, below `directory/experiments`."""
     for experiment in grid():
-        experiment.write()
+        experiment.write(directory)
 
 
 def _adapter(config: SMTConfig) -> dict[str, Any]:
@@ -107,4 +101,4 @@ def _adapter(config: SMTConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    write()
+    write(Path(sys.argv[1]))

@@ -29,10 +29,12 @@ from torch import Tensor, nn
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.bench.environment import record
 
-from .grid import HERE, METHOD
+from ...commit import commit
+from .grid import METHOD, write
 from .harness import Harness, HarnessError, load_harness
 
-ROOT = HERE.parents[2]
+ROOT = Path(__file__).resolve().parents[3]
+EXPERIMENTS = ROOT / "out" / "metamathqa"
 RESULTS = ROOT / "benchmarks" / "results" / "metamathqa"
 WARMUP_BATCHES = 64
 # With an older one the harness trains, but fails to save, and goes on with a made-up file size.
@@ -128,16 +130,11 @@ def _logging(log_to_file: Callable, info: dict[str, Any]) -> Callable:
 
     def log_with_info(*, log_data: dict[str, Any], **settings: Any) -> None:
         circumstances = record("cuda" if torch.cuda.is_available() else "cpu")
-        log_to_file(log_data=log_data | {"smt_info": {**info, **circumstances, "commit": _commit()}}, **settings)
+        log_to_file(log_data=log_data | {"smt_info": {**info, **circumstances, "commit": commit()}}, **settings)
         info["status"] = log_data["train_info"]["status"]
         info["error"] = log_data["run_info"]["error_msg"]
 
     return log_with_info
-
-
-def _commit() -> str | None:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return git.stdout.strip() or None
 
 
 def _silent(*words: Any, **settings: Any) -> None:
@@ -172,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", help="folders of experiments/smt; all, if none is named")
     parser.add_argument("--peft", type=Path, required=True, help="a clone of huggingface/peft, installed with -e")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results go")
-    parser.add_argument("--folder", type=Path, default=HERE, help="the directory that holds experiments/smt")
+    parser.add_argument("--folder", type=Path, default=EXPERIMENTS, help="the directory that holds experiments/smt")
     parser.add_argument("--warmup-batches", type=int, default=WARMUP_BATCHES, help="batches the selection looks at")
     parser.add_argument("-v", "--verbose", action="store_true", help="the harness tells what it does")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # the experiment that this process is for
@@ -181,6 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         setattr(arguments, option, getattr(arguments, option).resolve())
     try:
         if arguments.only is None:
+            if arguments.folder == EXPERIMENTS:
+                write(EXPERIMENTS)
             known = sorted(folder.name for folder in (arguments.folder / "experiments" / METHOD).glob("*/"))
             if sys.version_info < OLDEST_PYTHON:
                 raise HarnessError(

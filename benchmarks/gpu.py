@@ -1,9 +1,10 @@
 """Everything that only a GPU can show, in one command and under nine minutes: `make gpu`.
 
 Builds the compiled backends in place, prints which backend serves what, runs the tests marked `gpu`, and measures the
-operations, one layer and, with Llama-3-8B's shape, whole training steps and their memory. Every stage is a process of its own with its own time limit, and the later
-ones run whatever became of the earlier; the exit status is 0 when all went well. What they find lies in one directory,
-written as it comes: summary.json, log.txt, tests.xml, ops.json, layer.json, large_cuda.json.
+operations, one layer and, with Llama-3-8B's shape, whole training steps and their memory. Every stage is a process of
+its own with its own time limit, and the later ones run whatever became of the earlier; the exit status is 0 when all
+went well. What they find lies in one directory, written as it comes: summary.json, log.txt, tests.xml, ops.json,
+layer.json, large_cuda.json.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu
     python benchmarks/gpu.py --dry-run --out build/gpu     # all stages on a CPU, in sizes that say nothing of speed

@@ -18,12 +18,12 @@ CENTRE = Case(hidden=512, layers=2, tokens=512)
 # Multiples of the centre's value.
 FACTORS = {"hidden": (0.5, 1, 2, 4), "tokens": (0.125, 0.5, 2, 8), "layers": (0.5, 1, 2, 4, 8)}
 DENSITIES = (0.002, 0.0084, 0.02, 0.049, 0.1)
-TARGETS = (
-    ("q_proj", "v_proj"),
-    ("q_proj", "k_proj", "v_proj", "o_proj"),
-    ("gate_proj", "up_proj", "down_proj"),
-    "all-linear",
-)
+TARGETS = {
+    "q and v": ("q_proj", "v_proj"),
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "all": "all-linear",
+}
 AXES = (*FACTORS, "density", "targets", "block_size")
 BLOCK_SIZES = (4, 8, 16, 32, 64, 128, 256)
 
@@ -38,8 +38,7 @@ class Point:
     block_sizes: tuple[int | str, ...] = ("auto", 32, 128)
 
     def __str__(self) -> str:
-        value = ",".join(self.value) if isinstance(self.value, tuple) else self.value
-        return f"{self.axis}={value}"
+        return f"{self.axis}={self.value}"
 
     def methods(self) -> dict[str, Method]:
         """SMT with each size of blocks, and LoRA at equal parameters.
@@ -63,9 +62,10 @@ def points(centre: Case = CENTRE) -> Iterator[Point]:
         for factor in factors:
             value = max(1, int(factor * getattr(base, axis)))
             yield Point(axis, value, replace(base, **{axis: value}))
-    for axis, values in (("density", DENSITIES), ("targets", TARGETS)):
-        for value in values:
-            yield Point(axis, value, replace(centre, **{axis: value}))
+    for density in DENSITIES:
+        yield Point("density", density, replace(centre, density=density))
+    for name, targets in TARGETS.items():
+        yield Point("targets", name, replace(centre, targets=targets))
     # One point for all: they share the frozen pass.
     yield Point("block_size", "4 to 256", centre, BLOCK_SIZES)
 

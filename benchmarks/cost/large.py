@@ -38,7 +38,7 @@ class Plan:
     Args:
         layers: decoder layers; `shrink` divides every width, for a dry run.
         batches: (sequences, tokens) of each batch.
-        seconds: after which no further method is begun, without checkpointing after 0.7 of them.
+        seconds: after which no further method is begun, without checkpointing after 0.7 of them; None: no limit.
     """
 
     device: str
@@ -48,7 +48,7 @@ class Plan:
     batches: list[Batch]
     rounds: int
     warmup: int
-    seconds: float
+    seconds: float | None
 
     @property
     def side(self) -> int:
@@ -73,11 +73,11 @@ def default_batches(device: str) -> list[Batch]:
 def suite(result: Result, plan: Plan) -> None:
     if result.has("checkpointed"):
         return
-    start = time.perf_counter()
-    end = start + plan.seconds
+    start, seconds = time.perf_counter(), float("inf") if plan.seconds is None else plan.seconds
+    end = start + seconds
     base = plan.build()
     # The rest is few methods, and tells more than the last of these.
-    result.add("plain", one_by_one(base, methods.large(plan.side), plan, plan.batches, start + 0.7 * plan.seconds))
+    result.add("plain", one_by_one(base, methods.large(plan.side), plan, plan.batches, start + 0.7 * seconds))
     result.add("warm-up", warm_up(base, plan, end))
     checkpointed(base)
     result.add("checkpointed", one_by_one(base, methods.large_checkpointed(plan.side), plan, plan.batches[:1], end))
@@ -154,16 +154,18 @@ def too_late(plan: Plan) -> str:
 def timed(training: Training, batch: Batch, plan: Plan, weights: int | None = None) -> dict[str, Any]:
     """Seconds of each round, where memory goes if `weights` says what of it is the base's, or why it does not fit."""
     release()
+    taken: dict[str, Any] = {"seconds": []}
     try:
-        seconds = [training.step(batch) for _ in range(plan.warmup + plan.rounds)][plan.warmup :]
-        memory = {} if weights is None else memory_of(training, batch, weights)
+        taken["seconds"] = [training.step(batch) for _ in range(plan.warmup + plan.rounds)][plan.warmup :]
+        if weights is not None:
+            taken["memory"] = memory_of(training, batch, weights)
     except torch.OutOfMemoryError:
-        training.model.zero_grad(set_to_none=True)
-        release()
         size = torch.cuda.get_device_properties(0).total_memory >> 30
-        return {"seconds": [], "reason": f"does not fit in the memory of this GPU ({size} GiB)"}
+        taken = {"seconds": [], "reason": f"does not fit in the memory of this GPU ({size} GiB)"}
+        training.model.zero_grad(set_to_none=True)
+    # Not before the error is forgotten, whose frames hold what filled the memory.
     release()
-    return {"seconds": seconds, "memory": memory}
+    return taken
 
 
 def memory_of(training: Training, batch: Batch, weights: int) -> dict[str, Any]:

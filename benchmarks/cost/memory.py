@@ -16,9 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# Before the profiler is first used: it prints a line whenever it starts.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
 import torch
 from torch import nn
 from torch.profiler import record_function
@@ -27,10 +24,13 @@ from smt_peft.tuner.linear import Linear
 
 from .training import Note, Training
 
+# Read when the profiler is first used, which prints a line whenever it starts.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 MARK = "smt_cost::"
 UNSEEN = {
-    "cpu": "scratch of oneDNN and MKL inside GEMMs, alike for all methods; in this package's C++, for the length of "
-    "a GEMM the replaced blocks of one layer (see unseen_bytes) and per thread the panels of block_grad",
+    "cpu": "scratch of oneDNN and MKL inside GEMMs, alike for all methods; what threads other than the one that trains "
+    "allocate for themselves; in this package's C++, for the length of a GEMM the replaced blocks of one layer (see "
+    "unseen_bytes), and up to half a MiB of panels of block_grad per thread",
     "cuda": "workspaces that cuBLAS takes outside of PyTorch's allocator, alike for all methods",
 }
 

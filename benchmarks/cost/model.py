@@ -93,9 +93,12 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def random_batch(model: nn.Module, size: tuple[int, int], frozen: bool) -> dict[str, Tensor]:
     """Embedded tokens `(sequences, tokens, hidden)` and labels `(sequences, tokens)`.
 
-    Embeddings require a gradient where no weight does: forward and the gradient of the input are the frozen pass.
+    Embeddings require a gradient where no weight does: forward and the gradient of the input are the frozen pass. Where
+    the table of embeddings is trained, token ids take their place, as its gradient is part of the cost.
     """
     some = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    embeds = torch.randn(*size, model.config.hidden_size, dtype=some.dtype, device=some.device)
     labels = torch.randint(0, model.config.vocab_size, size, device=some.device)
+    if any(p.requires_grad and name.endswith("embed_tokens.weight") for name, p in model.named_parameters()):
+        return {"input_ids": labels.clone(), "labels": labels}
+    embeds = torch.randn(*size, model.config.hidden_size, dtype=some.dtype, device=some.device)
     return {"inputs_embeds": embeds.requires_grad_(frozen), "labels": labels}

@@ -3,7 +3,8 @@
 The frozen pass is forward plus the gradient of the inputs through the same frozen model: what any adapter must pay.
 A step of a method is forward, backward, AdamW step and zero_grad. All models live side by side and take turns in a
 shuffled order, so that a slow spell of the machine falls on every method; the figure is the median of the per-round
-ratios. Memory is traced before, one model at a time, as tracing costs time.
+ratios. Memory is traced before, one model at a time, as tracing costs time. What SMT costs once, its warm-up pass, is
+no part of a step: `warmup` has it, and whole runs that include it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from statistics import median
 from typing import Any
 
@@ -29,7 +29,7 @@ from .training import Note
 SCORES = ("grad_abs", "mean_abs", "grad_sum_abs", "taylor", "activation", "low_rank_magnitude", "random")
 # What `select_blocks` takes when it is not told.
 BATCHES = inspect.signature(select_blocks).parameters["num_batches"].default
-MORE = 3
+MORE = 2
 RUNS = (100, 1000, 10000)
 
 
@@ -57,18 +57,20 @@ def measured(case: Case, rounds: int, warmup: int) -> Iterator[dict[str, Any]]:
         for batches in (1, MORE):
             steps[f"{score} {batches}"] = lambda s=score, n=batches: choose(base, config(case, s), case, n)
     seconds = interleaved(steps, rounds, warmup)
-    frozen = seconds["frozen"]
-    limit = backward_memory(chosen["full"], case)
-    default = seconds[f"{SMTConfig.score} 1"], seconds[f"{SMTConfig.score} {MORE}"]
+    default = choice_seconds(seconds[f"{SMTConfig.score} 1"], seconds[f"{SMTConfig.score} {MORE}"])
     for name, training in built.items():
-        before = choice_seconds(*default) if name == "smt matched" else (0.0, 0.0)
-        figures = {f"ratio_of_{steps}_steps": run_ratio(seconds[name], frozen, steps, *before) for steps in RUNS}
-        peak = {"peak_ratio": memory[name]["peak_bytes"] / memory["frozen"]["peak_bytes"]}
-        yield row(name, case, training, seconds[name], frozen) | memory[name] | peak | figures
+        before = default if name == "smt matched" else (0.0, 0.0)
+        yield {
+            **row(name, case, training, seconds[name], seconds["frozen"]),
+            **memory[name],
+            "peak_ratio": memory[name]["peak_bytes"] / memory["frozen"]["peak_bytes"],
+            **{f"ratio_of_{n}_steps": run_ratio(seconds[name], seconds["frozen"], n, *before) for n in RUNS},
+        }
+    limit = backward_memory(chosen["full"], case)
     for score in SCORES:
-        times = seconds[f"{score} 1"], seconds[f"{score} {MORE}"]
         span = trace(lambda note, s=score: choose_traced(case, s, note))[-1]
-        yield warm_up_row(score, case, times, frozen, median(seconds["smt matched"])) | {
+        yield {
+            **warm_up_row(score, case, seconds),
             "peak_bytes": span.peak,
             "weights_bytes": span.start,
             "transient_bytes": span.peak - span.start,
@@ -77,18 +79,16 @@ def measured(case: Case, rounds: int, warmup: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def warm_up_row(
-    score: str, case: Case, times: tuple[list[float], list[float]], frozen: list[float], step: float
-) -> dict[str, Any]:
+def warm_up_row(score: str, case: Case, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
     """A batch as the time of the row, and what is done once beside it; both also in training steps of SMT.
 
     Args:
-        times: seconds with one batch and with more, round by round.
-        frozen: of the frozen pass.
-        step: of a training step.
+        seconds: of every step and warm-up pass, round by round.
     """
-    per_batch, choosing = choice_seconds(*times)
-    ratio, percentiles = spread([(m - o) / (MORE - 1) / f for o, m, f in zip(*times, frozen, strict=True)])
+    one, more, frozen = seconds[f"{score} 1"], seconds[f"{score} {MORE}"], seconds["frozen"]
+    per_batch, choosing = choice_seconds(one, more)
+    ratio, percentiles = spread([(m - o) / (MORE - 1) / f for o, m, f in zip(one, more, frozen, strict=True)])
+    step = median(seconds["smt matched"])
     return {
         "method": f"warm-up, {score}",
         "score": score,

@@ -47,7 +47,8 @@ test: $(KERNELS)
 # What `make test` skips: bitsandbytes, torchao and HQQ on the CPU.
 quantised: $(KERNELS) $(QUANTISED)
 	PYTHONPATH=$(abspath $(QUANTISED)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile \
-		tests/bases tests/ops/test_overlay.py tests/tuner/test_quantised.py tests/export tests/training/test_quantised_run.py
+		tests/bases tests/ops/test_overlay.py tests/tuner/test_quantised.py tests/export tests/training/test_quantised_run.py \
+		tests/benchmarks/test_cost.py
 
 $(QUANTISED): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(QUANTISED) \

@@ -1,4 +1,4 @@
-# make demo | test | quantised | engines | peft-suite | style | check | bench | clean: each sets up what it needs first.
+# make demo | test | quantised | engines | peft-suite | style | check | bench | cost | clean: each sets up what it needs first.
 # make gpu: on a GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in a place of its own.
 PYTHON ?= python3
 VENV := $(if $(PEFT),build/peft-$(PEFT),.venv)
@@ -21,7 +21,7 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 QUANTISED := $(if $(PEFT),$(VENV),build)/quantised
 ENGINES := build/engines
 
-.PHONY: setup demo test quantised engines peft-suite style check bench gpu clean
+.PHONY: setup demo test quantised engines peft-suite style check bench cost gpu clean
 
 setup: $(KERNELS)
 
@@ -47,7 +47,8 @@ test: $(KERNELS)
 # What `make test` skips: bitsandbytes, torchao and HQQ on the CPU.
 quantised: $(KERNELS) $(QUANTISED)
 	PYTHONPATH=$(abspath $(QUANTISED)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile \
-		tests/bases tests/ops/test_overlay.py tests/tuner/test_quantised.py tests/export tests/training/test_quantised_run.py
+		tests/bases tests/ops/test_overlay.py tests/tuner/test_quantised.py tests/export tests/training/test_quantised_run.py \
+		tests/benchmarks/test_cost.py
 
 $(QUANTISED): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(QUANTISED) \
@@ -83,7 +84,11 @@ check: $(READY)
 
 bench: $(KERNELS)
 	$(BIN)/smt bench
-	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python -m benchmarks.cost step
+
+# Every suite of benchmarks/cost for the CPU, 4 bits included. Started again it goes on; ARGS: one suite, its options.
+cost: $(KERNELS) $(QUANTISED)
+	PYTHONPATH=$(abspath $(QUANTISED)) $(BIN)/python -m benchmarks.cost $(ARGS)
 
 # With the interpreter that is given, which has a CUDA build of PyTorch: nothing is installed.
 gpu:

@@ -1,9 +1,10 @@
 """Everything that only a GPU can show, in one command and under nine minutes: `make gpu`.
 
 Builds the compiled backends in place, prints which backend serves what, runs the tests marked `gpu`, and measures the
-operations, one layer and the whole step. Every stage is a process of its own with its own time limit, and the later
-ones run whatever became of the earlier; the exit status is 0 when all went well. What they find lies in one directory,
-written as it comes: summary.json, log.txt, tests.xml, ops.json, layer.json, step.json.
+operations, one layer and, with Llama-3-8B's shape, whole training steps and their memory. Every stage is a process of
+its own with its own time limit, and the later ones run whatever became of the earlier; the exit status is 0 when all
+went well. What they find lies in one directory, written as it comes: summary.json, log.txt, tests.xml, ops.json,
+layer.json, large_cuda.json.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu
     python benchmarks/gpu.py --dry-run --out build/gpu     # all stages on a CPU, in sizes that say nothing of speed
@@ -62,24 +63,25 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         tests += ["-n", "8"]
     ops = [python, "benchmarks/ops.py", "--out", str(out / "ops.json")]
     layer = [python, "benchmarks/layer.py", "--out", str(out / "layer.json")]
-    step = [python, "benchmarks/step_time.py", "--model", "llama-3-8b", "--out", str(out / "step.json")]
+    cost = [python, "-m", "benchmarks.cost", "large", "--out", str(out)]
     if dry:
         ops += ["--device", "cpu", "--quick"]
         layer += shlex.split("--device cpu --dtype float32 --shape 128 96 --tokens 64 --rounds 3")
-        step += shlex.split("--device cpu --dtype float32 --layers 1 --shrink 32 --batches 2x16 --rounds 2 --warmup 1")
+        cost += shlex.split("--device cpu --dtype float32 --layers 1 --shrink 32 --batches 2x16 --rounds 2 --warmup 1")
     else:
         ops += ["--device", "cuda"]
         layer += ["--device", "cuda"]
-        step += ["--device", "cuda", "--rounds", "5", "--warmup", "1"]
+        # Done before its limit: what is left out is told in a row then.
+        cost += ["--device", "cuda", "--rounds", "4", "--seconds", "140"]
     kind = "cpu" if dry else "all"
     chosen = [
         # Where not all can be built, what can be is still worth measuring.
         Stage("build", build, 75, (("SMT_EXT", kind),), on_failure=(("SMT_EXT", "auto"),)),
-        Stage("env", [python, "-m", "smt_peft.cli", "env"], 30),
+        Stage("env", [python, "-m", "smt_peft.cli", "env"], 20),
         Stage("tests", tests, 110),
-        Stage("ops", ops, 135),
-        Stage("layer", layer, 40),
-        Stage("step", step, 145),
+        Stage("ops", ops, 125),
+        Stage("layer", layer, 35),
+        Stage("cost", cost, 170),
     ]
     # A dry run may be on a machine that is slow, or busy with other things.
     return [replace(stage, limit=3 * stage.limit) for stage in chosen] if dry else chosen
@@ -126,7 +128,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--dry-run", action="store_true", help="all stages on the CPU, in tiny sizes")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="build, env, tests, ops, layer, step")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="build, env, tests, ops, layer, cost")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

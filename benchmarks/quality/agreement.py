@@ -29,7 +29,7 @@ from .studies import CHOSEN, SKILLS, TASKS
 from .task import Task
 
 FILE = Path(__file__).resolve().parents[1] / "results" / "quality_agreement.json"
-SCORES = ("grad_abs", "mean_abs", "grad_sq")
+SCORES = ("grad_abs", "mean_abs")
 SPREADS = ("free", "assignment")
 LENGTHS = (1, 4, 16, 64, 200)
 BUDGET, SEEDS = 2, 3

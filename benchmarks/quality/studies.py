@@ -97,16 +97,41 @@ def budgets() -> Iterator[Cell]:
 
 
 def spread() -> Iterator[Cell]:
-    for score in ("grad_abs", "mean_abs", "grad_sum_abs", "grad_sq", "taylor", "magnitude", "low_rank_magnitude"):
+    for score in ("grad_abs", "mean_abs", "low_rank_magnitude", "random", "taylor", "grad_sq"):
+        for lie in ("free", "assignment"):
+            yield from (cell(task, "smt", 2, score=score, spread=lie) for task in SKILLS)
+    for score in ("grad_abs", "mean_abs", "low_rank_magnitude", "random", "taylor", "grad_sq"):
+        yield from (cell(task, "smt", 2, score=score, spread="capped") for task in SKILLS)
+    for score in ("grad_sum_abs", "magnitude"):
         for lie in ("free", "capped", "assignment"):
             yield from (cell(task, "smt", 2, score=score, spread=lie) for task in SKILLS)
-    for lie in ("free", "capped"):
-        yield from (cell(task, "smt", 2, score="random", spread=lie) for task in SKILLS)
 
 
 def blocks() -> Iterator[Cell]:
-    for size in (2, 4, 8, 16, 32, 64, 128, [4, 16], [16, 4], [2, 32], [32, 2], [-1, 1], [1, -1]):
+    """Sizes beside the automatic one, which is 4 here; no module is large enough for one block of 64 of its own."""
+    for size in (2, 8, 16, 32, [2, 8], [8, 2], [-1, 1], [1, -1]):
         yield from (cell(task, "smt", 2, block_size=size) for task in SKILLS)
+    yield from (cell(task, "smt", 2, block_size=64, budget="global") for task in SKILLS)
+
+
+def encoder_blocks() -> Iterator[Cell]:
+    """The automatic size is 8 here."""
+    for size in (4, 16, 32):
+        yield cell("docstrings", "smt", 8, block_size=size)
+    for size in (64, 128, 256):
+        yield cell("docstrings", "smt", 8, block_size=size, budget="global")
+
+
+def encoder_choice() -> Iterator[Cell]:
+    for changes in (
+        {"spread": "free"},
+        {"budget": "global", "spread": "free"},
+        {"score": "mean_abs"},
+        {"score": "taylor"},
+    ):
+        yield cell("docstrings", "smt", 8, **changes)
+    for name in ("lift", "columns", "rows"):
+        yield cell("docstrings", name, 8)
 
 
 def scope() -> Iterator[Cell]:
@@ -122,9 +147,9 @@ def modules() -> Iterator[Cell]:
 
 
 def warmup() -> Iterator[Cell]:
-    for score in ("grad_abs", "mean_abs"):
-        for count in (1, 4, 64, 200):
-            yield from (cell(task, "smt", 2, score=score, warmup_batches=count) for task in SKILLS)
+    """16 batches are the rule here."""
+    for count in (1, 4, 64, 200):
+        yield from (cell(task, "smt", 2, warmup_batches=count) for task in SKILLS)
 
 
 def transfer() -> Iterator[Cell]:
@@ -134,16 +159,18 @@ def transfer() -> Iterator[Cell]:
 
 STUDIES: dict[str, Callable[[], Iterator[Cell]]] = {
     "core": lambda: core(SKILLS, (2, 6)),
-    "encoder": lambda: core(("docstrings",), (2, 8)),
-    "rename": lambda: core(("rename",), (2,)),
-    "rivals": rivals,
-    "budgets": budgets,
-    "blocks": blocks,
-    "spread": spread,
+    "encoder": lambda: core(("docstrings",), (8, 2)),
     "scope": scope,
+    "spread": spread,
+    "blocks": blocks,
+    "encoder-blocks": encoder_blocks,
+    "encoder-choice": encoder_choice,
+    "budgets": budgets,
     "modules": modules,
-    "warmup": warmup,
     "transfer": transfer,
+    "rename": lambda: core(("rename",), (2,)),
+    "warmup": warmup,
+    "rivals": rivals,
 }
 
 

@@ -159,15 +159,14 @@ def parts() -> str:
 def warmup() -> str:
     lines = []
     for count in (1, 4, 16, 64, 200):
-        line = [str(count)]
-        for kind in ("grad_abs", "mean_abs"):
-            changes = {"score": kind} | ({} if count == 16 else {"warmup_batches": count})
-            found = outcomes("smt", SKILLS, 2, **changes)
-            line += [shown(mean(found, lambda each: each.accuracy))]
-            line += [shown(mean(found, lambda each: each.warmup_share), ".0%")]
-        lines.append(line)
-    heads = ["batches", "`grad_abs`", "share of the time", "`mean_abs`", "share of the time"]
-    return table(heads, lines)
+        found = outcomes("smt", SKILLS, 2, **({} if count == 16 else {"warmup_batches": count}))
+        lines.append([
+            str(count),
+            *map(score, found),
+            shown(mean(found, lambda each: each.accuracy)),
+            shown(mean(found, lambda each: each.warmup_share), ".0%"),
+        ])  # fmt: skip
+    return table(["batches", *SKILLS, "mean", "share of the time"], lines)
 
 
 def transfer() -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def commit() -> str | None:
-    """The commit's hash, `+` behind it when files of the package differ from it; None outside of a repository."""
+def commit() -> dict[str, Any]:
+    """`{"hash", "dirty"}` of the repository, results and documents aside; both None where it is no checkout."""
     try:
-        found = _git("rev-parse", "--short=12", "HEAD")
-        return found + "+" * bool(_git("status", "--porcelain", "--", "smt_peft", "csrc"))
+        changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!*.md")
+        return {"hash": _git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return {"hash": None, "dirty": None}
 
 
 def _git(*arguments: str) -> str:

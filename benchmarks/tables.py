@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .cost.tables import TABLES as COST
+from .cost.documents import TABLES as COST
 from .operations import TABLES as OPERATIONS
 from .quality.tables import TABLES as QUALITY
 from .quickstart import TABLES as QUICKSTART

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from smt_peft.bench.environment import record
 from smt_peft.bench.table import duration
 
+from ..commit import commit
 from .memory import UNSEEN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,22 +79,6 @@ class Result:
         same = all(found.get(key) == value for key, value in head.items() if key not in _PASSING)
         if same and head["commit"]["dirty"] is False:
             self.done, self.rows = found["done"], found["rows"]
-
-
-def commit() -> dict[str, Any]:
-    """`{"hash", "dirty"}` of the repository, results aside; both None where it is no checkout."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return {"hash": None, "dirty": None}
-    return {"hash": found.stdout.strip(), "dirty": bool(changed.stdout.strip())}
 
 
 def line(row: dict[str, Any]) -> str:

@@ -70,14 +70,17 @@ class Skill:
         name: of `SKILLS`.
         steps: optimizer steps of a run.
         batch: rows of a step.
+        windows: of 128 bytes of held-out text, to tell what is remembered.
     """
 
     autocast = False
     head: list[str] = []
     kind = "CAUSAL_LM"
 
-    def __init__(self, name: str, steps: int, batch: int = 32, *, validation: int = 200, test: int = 500):
-        self.name, self.steps, self.batch = name, steps, batch
+    def __init__(
+        self, name: str, steps: int, batch: int = 32, *, validation: int = 200, test: int = 500, windows: int = 32
+    ):
+        self.name, self.steps, self.batch, self.windows = name, steps, batch, windows
         pairs = SKILLS[name]()
         self.rows: Split = parted(pairs, [prompt for prompt, _ in pairs], validation, test)
 
@@ -116,14 +119,14 @@ class Skill:
 
     @cached_property
     def _held_out(self) -> Tensor:
-        """`[32, 128]` evenly spaced windows of the files that pre-training held out."""
+        """`[windows, 128]` evenly spaced windows of the files that pre-training held out."""
         sys.path.insert(0, str(ROOT / "quickstart"))
         try:
             from pretrain import read_corpus, windows
         finally:
             sys.path.pop(0)
         _, stream = read_corpus()
-        return windows(stream, np.linspace(0, len(stream) - 128, 32).astype(np.int64), 128)
+        return windows(stream, np.linspace(0, len(stream) - 128, self.windows).astype(np.int64), 128)
 
     def describe(self) -> dict[str, Any]:
         text = json.dumps([self.rows.train, self.rows.validation, self.rows.test])

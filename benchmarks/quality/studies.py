@@ -69,11 +69,10 @@ class Cell:
 def cell(task: str, name: str, rank: float, **changes: Any) -> Cell:
     """By the name of a method, or of the SMT family with some settings changed."""
     scale = RATE_SCALE.get(task, 1.0)
+    label = ", ".join([name, *(f"{key}={value}" for key, value in changes.items())])
     if name in FAMILY:
-        settings = FAMILY[name] | changes
-        label = ", ".join([name, *(f"{key}={value}" for key, value in changes.items())])
-        return Cell(task, label, SMT, rank, settings, scale * START[SMT])
-    return Cell(task, name, name, 0 if name == "full" else rank, changes, scale * START[name])
+        return Cell(task, label, SMT, rank, FAMILY[name] | changes, scale * START[SMT])
+    return Cell(task, label, name, 0 if name == "full" else rank, changes, scale * START[name])
 
 
 def core(tasks: tuple[str, ...], budgets: tuple[float, ...]) -> Iterator[Cell]:

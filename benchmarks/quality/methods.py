@@ -1,11 +1,13 @@
 """Every method that is compared: PEFT's by their configs, SMT's scores and shapes by `SMTConfig`, and full fine-tuning.
 
 A budget is the rank of the LoRA that has as many trainable weights, so that LoRA meets it exactly; it may be a
-fraction. The others come as near as their own knob lets them, and the number they end up with is recorded.
+fraction. SMT stays within it; the other rivals get what their own knob lets them have from there on, so that none has
+less than SMT. The number they end up with is recorded.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +113,7 @@ def prepare(task: Task, method: str, budget: float, settings: dict[str, Any], se
     rival, wanted = RIVALS[method], budget * per_rank(model)[0]
     settings = dict(settings)
     common |= {"target_modules": MODULES[settings.pop("modules", "all")]} | settings
-    size = rival.largest if rival.largest == 1 else _nearest(task, rival, common, wanted)
+    size = rival.largest if rival.largest == 1 else _enough(task, rival, common, wanted)
     torch.manual_seed(seed)
     model = get_peft_model(model, rival.config(size, common))
     return Prepared(model, trained(model, task.head))
@@ -147,22 +149,21 @@ def of_head(name: str, head: list[str]) -> bool:
     return any(part in head for part in name.split("."))
 
 
-def _nearest(task: Task, rival: Rival, common: dict[str, Any], wanted: float) -> int:
-    """The knob whose number of trained weights is nearest to `wanted`, which grows with it."""
+def _enough(task: Task, rival: Rival, common: dict[str, Any], wanted: float) -> int:
+    """The least knob with as many trained weights as wanted, or one in a hundred fewer; their number grows with it."""
 
     def count(size: int) -> float:
         try:
             return trained(get_peft_model(task.base(), rival.config(size, common)), task.head)
         except (ValueError, AssertionError, RuntimeError):
-            return float("inf")
+            return math.inf
 
-    low, high = 1, 2
-    while high < rival.largest and count(high) < wanted:
+    low, high = 0, 1
+    while high < rival.largest and count(high) < 0.99 * wanted:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) < wanted else (low, middle)
-    best = min((low, high), key=lambda size: abs(count(size) - wanted))
-    if count(best) == float("inf"):
+        low, high = (middle, high) if count(middle) < 0.99 * wanted else (low, middle)
+    if count(high) == math.inf:
         raise ValueError(f"no size of this method comes near {wanted:.0f} trained weights on this model")
-    return best
+    return high

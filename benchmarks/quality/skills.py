@@ -67,9 +67,10 @@ class Skill:
     """A task of this file; see `task.Task`.
 
     Args:
-        name: of `SKILLS`.
+        name: of the task.
         steps: optimizer steps of a run.
         batch: rows of a step.
+        skill: of `SKILLS`, where it is not the name.
         windows: of 128 bytes of held-out text, to tell what is remembered.
     """
 
@@ -78,10 +79,18 @@ class Skill:
     kind = "CAUSAL_LM"
 
     def __init__(
-        self, name: str, steps: int, batch: int = 32, *, validation: int = 200, test: int = 500, windows: int = 32
+        self,
+        name: str,
+        steps: int,
+        batch: int = 32,
+        *,
+        skill: str | None = None,
+        validation: int = 200,
+        test: int = 500,
+        windows: int = 32,
     ):
         self.name, self.steps, self.batch, self.windows = name, steps, batch, windows
-        pairs = SKILLS[name]()
+        pairs = SKILLS[skill or name]()
         self.rows: Split = parted(pairs, [prompt for prompt, _ in pairs], validation, test)
 
     @cached_property

@@ -18,7 +18,10 @@ TASKS: dict[str, Callable[[], Task]] = {
     "shift": lambda: Skill("shift", 80),
     "rename": lambda: Skill("rename", 100, batch=16),
     "docstrings": lambda: Docstrings(100),
+    "reverse-long": lambda: Skill("reverse-long", 320, skill="reverse"),
+    "shift-long": lambda: Skill("shift-long", 320, skill="shift"),
 }
+LONG = ("reverse-long", "shift-long")
 SKILLS = ("reverse", "sort", "shift")
 SEEDS = 3
 #: Where the searches of a task start, as a multiple of where they start elsewhere.
@@ -85,6 +88,12 @@ def core(tasks: tuple[str, ...], budgets: tuple[float, ...]) -> Iterator[Cell]:
 def rivals() -> Iterator[Cell]:
     for name in ("lift", "magnitude", "columns", "rows", "activation", "released", *RIVALS):
         yield from (cell(task, name, 2) for task in SKILLS)
+
+
+def longer() -> Iterator[Cell]:
+    """Four times the steps: who is only slow?"""
+    for name in ("lora", "smt", "dora", "random", "diagonal"):
+        yield from (cell(task, name, 2) for task in LONG)
 
 
 def budgets() -> Iterator[Cell]:
@@ -159,8 +168,9 @@ def transfer() -> Iterator[Cell]:
 STUDIES: dict[str, Callable[[], Iterator[Cell]]] = {
     "core": lambda: core(SKILLS, (2, 6)),
     "encoder": lambda: core(("docstrings",), (8, 2)),
-    "scope": scope,
     "spread": spread,
+    "longer": longer,
+    "scope": scope,
     "blocks": blocks,
     "encoder-blocks": encoder_blocks,
     "encoder-choice": encoder_choice,

@@ -11,7 +11,7 @@ from ..markdown import table
 from .agreement import FILE as AGREEMENT
 from .methods import RIVALS
 from .results import Outcome, Runs
-from .studies import SKILLS, cell
+from .studies import LONG, SKILLS, cell
 
 TITLES = {
     "smt": "**SMT** (defaults)",
@@ -205,6 +205,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-core-6": partial(core, SKILLS, 6),
     "quality-encoder-2": partial(core, ("docstrings",), 2),
     "quality-encoder-8": partial(core, ("docstrings",), 8),
+    "quality-longer": partial(core, LONG, 2, ("smt", "random", "diagonal", "lora", "dora")),
     "quality-rename": partial(core, ("rename",), 2),
     "quality-rivals": partial(core, SKILLS, 2, (*CORE, *FAMILY, *(name for name in RIVALS if name not in CORE))),
     "quality-budgets": budgets,

@@ -116,7 +116,7 @@ def test_a_rival_that_cannot_be_sized_is_an_error(sort):
         raise ValueError("not of this size")
 
     with pytest.raises(ValueError, match="no size of this method comes near 1000"):
-        methods._nearest(sort, methods.Rival(refuses, 1.0), {}, 1000)
+        methods._enough(sort, methods.Rival(refuses, 1.0), {}, 1000)
 
 
 def test_the_defaults_are_those_that_the_evidence_is_about():

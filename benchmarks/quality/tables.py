@@ -11,7 +11,7 @@ from ..markdown import table
 from .agreement import FILE as AGREEMENT
 from .methods import RIVALS
 from .results import Outcome, Runs
-from .studies import LONG, SKILLS, cell
+from .studies import LONG, SKILLS, STUDIES, Cell, cell
 
 TITLES = {
     "smt": "**SMT** (defaults)",
@@ -90,23 +90,23 @@ def core(tasks: Sequence[str], budget: float, names: Sequence[str] = CORE, best_
     return table(heads, lines)
 
 
-def variants(rows: Sequence[tuple[str, dict]], tasks: Sequence[str] = SKILLS, budget: float = 2) -> str:
-    """SMT with settings changed: accuracy, the rows and columns that its blocks reach, what is remembered, rate."""
-    heads = ["", *tasks, "mean", "rows", "columns", "text", "rate"]
+def variants(study: str, base: Sequence[Cell]) -> str:
+    """SMT's defaults, then a study's changes to them, with the rows and columns that are reached."""
+    rows: dict[str, list[Outcome | None]] = {}
+    for each in (*base, *STUDIES[study]()):
+        rows.setdefault(each.name, []).append(runs().outcome(each))
+    rows = {name: found for name, found in rows.items() if any(found)}
+    tasks = [each.task for each in base]
+    forgetting = any(each and each.remembered is not None for found in rows.values() for each in found)
+    heads = ["", *tasks, *(["mean"] if len(tasks) > 1 else []), "rows", "columns", *(["text"] if forgetting else [])]
     lines = []
-    for title, changes in rows:
-        found = outcomes("smt", tasks, budget, **changes)
-        if any(found):
-            lines.append([
-                title,
-                *map(score, found),
-                shown(mean(found, lambda each: each.accuracy)),
-                shown(mean(found, lambda each: each.shape("rows")), ".0%"),
-                shown(mean(found, lambda each: each.shape("cols")), ".0%"),
-                shown(mean(found, lambda each: each.remembered), ".2f"),
-                rate(found),
-            ])  # fmt: skip
-    return table(heads, lines)
+    for name, found in rows.items():
+        line = [TITLES.get(name) or name.removeprefix("smt, "), *map(score, found)]
+        line += [shown(mean(found, lambda each: each.accuracy))] if len(tasks) > 1 else []
+        line += [shown(mean(found, lambda each, key=key: each.shape(key)), ".0%") for key in ("rows", "cols")]
+        line += [shown(mean(found, lambda each: each.remembered), ".2f")] if forgetting else []
+        lines.append([*line, shown(mean(found, lambda each: each.trainable), ",.0f"), rate(found)])
+    return table([*heads, "trained", "rate"], lines)
 
 
 def spread() -> str:
@@ -194,12 +194,8 @@ def agreement() -> str:
     return table(["", "between", *(f"{count} batches" for count in lengths)], lines)
 
 
-SIZES = (2, 4, 8, 16, 32, 64, 128, [4, 16], [16, 4], [2, 32], [32, 2], [-1, 1], [1, -1])
-SCOPES = [
-    (f"`{scope}`, `{lie}`", {"budget": scope, "spread": lie} if scope != "per_module" or lie == "free" else {})
-    for scope in ("per_module", "per_layer", "global")
-    for lie in ("assignment", "free")
-]
+ON_SKILLS = [cell(task, "smt", 2) for task in SKILLS]
+ON_ENCODER = [cell("docstrings", "smt", 8)]
 TABLES: dict[str, Callable[[], str]] = {
     "quality-core-2": partial(core, SKILLS, 2),
     "quality-core-6": partial(core, SKILLS, 6),
@@ -210,8 +206,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-rivals": partial(core, SKILLS, 2, (*CORE, *FAMILY, *(name for name in RIVALS if name not in CORE))),
     "quality-budgets": budgets,
     "quality-spread": spread,
-    "quality-blocks": partial(variants, [(_title, {"block_size": size}) for size in SIZES for _title in [str(size)]]),
-    "quality-scope": partial(variants, SCOPES),
+    "quality-blocks": partial(variants, "blocks", ON_SKILLS),
+    "quality-encoder-blocks": partial(variants, "encoder-blocks", ON_ENCODER),
+    "quality-encoder-choice": partial(variants, "encoder-choice", ON_ENCODER),
+    "quality-scope": partial(variants, "scope", ON_SKILLS),
     "quality-modules": parts,
     "quality-warmup": warmup,
     "quality-transfer": transfer,

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from benchmarks import markdown, tables
+from benchmarks.quality import figures
 
 # A cell that is a measurement: a figure with a unit of time, memory or share, or a ratio.
 MEASURED = re.compile(r"\d\s*(ms|us|s|%|MiB|GiB)\b|\d%|^\d+\.\d+$")
@@ -31,6 +32,15 @@ def test_no_measurement_stands_in_a_table_written_by_hand(path):
 def test_every_table_is_shown_somewhere():
     text = "".join(path.read_text(encoding="utf-8") for path in tables.documents())
     assert {place["name"] for place in tables.PLACE.finditer(text)} == set(tables.TABLES)
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_figure_shows_the_points_that_the_committed_runs_give(name):
+    """After new results: make tables."""
+    collect, _, _ = figures.FIGURES[name]
+    drawn = (figures.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
+    assert f"points {figures.checksum(collect())}" in drawn
+    assert f"figures/{name}.svg" in (tables.ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 def test_a_table_that_nothing_makes_is_an_error():

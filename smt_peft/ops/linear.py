@@ -125,7 +125,7 @@ class _BlockAdd(torch.autograd.Function):
 
 def wants_columns(layout: BlockLayout) -> bool:
     """Whether the block gradient is to keep a copy of the touched columns of X, not X itself."""
-    return layout.columns.numel() <= KEEP_WHOLE_SHARE * layout.grid.cols
+    return layout.num_columns <= KEEP_WHOLE_SHARE * layout.grid.cols
 
 
 def kept_input(x_TK: Tensor, layout: BlockLayout, columns_only: bool) -> Tensor:

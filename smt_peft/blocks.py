@@ -288,10 +288,9 @@ class BlockLayout:
         return (first[:, None] + within[None, :]).reshape(-1)
 
     def prepare(self) -> BlockLayout:
-        """Check the blocks and make what a compiler or tracer cannot make for itself, as it depends on their values,
-        and what it is to meet at one address. Returns itself."""
+        """Check the blocks and count what tracers cannot, as it depends on values. Returns itself."""
         self.check()
-        self.num_columns, self.transposed  # noqa: B018
+        self.num_columns  # noqa: B018
         return self
 
     def padding_mask(self) -> Tensor:

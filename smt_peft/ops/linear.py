@@ -92,7 +92,7 @@ class _BlockLinear(torch.autograd.Function):
                     dx_TK = dy_TN @ merged_copy(weight_NK, delta_Brc, layout, dy_TN.dtype)
                 else:
                     dx_TK = dy_TN @ weight_NK.to(dy_TN.dtype)
-                    block_matmul_(dx_TK, dy_TN, delta_Brc.transpose(1, 2), layout.transposed)
+                    block_matmul_(dx_TK, dy_TN, delta_Brc, layout, transposed=True)
             if ctx.needs_input_grad[3]:
                 d_delta = block_grad(dy_TN, kept, layout.packed if ctx.columns_only else layout)
         return dx_TK, None, None, d_delta, None, None, None, None

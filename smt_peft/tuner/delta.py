@@ -81,7 +81,10 @@ class SMTBlocks(nn.Module):
             if type(self.weight) is nn.Parameter:
                 self._check_finite(self.weight)
             with torch.inference_mode(False):
-                index = self.index.detach().clone()
+                index = self.index.detach()
+                # A CUDA graph must find other positions at another address, or it would go on with tables of the old.
+                if index.device.type != "cpu" or index.is_inference():
+                    index = index.clone()
             self._layout = (key, _prepared(BlockLayout(self.grid, index), self.looked_up))
             # Outlives the positions, which a move to the meta device takes.
             self._padding = self._padding_at(index)
@@ -172,7 +175,7 @@ def _prepared(layout: BlockLayout, looked_up: bool) -> BlockLayout:
     tensors that were checked, instead of copies that would have to be checked while it is captured.
     """
     layout.prepare()
-    parts = [layout.blocks, layout.transposed.blocks]
+    parts = [layout.blocks]
     if looked_up:
         layout.row_starts, layout.max_blocks_in_row  # noqa: B018
     elif wants_columns(layout):

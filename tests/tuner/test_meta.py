@@ -18,6 +18,7 @@ def test_counts_and_shapes_are_those_of_the_model_with_values(make, score):
         bare = make()
     sized, real = (get_peft_model(model, SMTConfig(**settings)) for model in (bare, make()))
     assert sized.get_nb_trainable_parameters() == real.get_nb_trainable_parameters()
+    assert sized.base_model.get_nb_trainable_parameters() == real.base_model.get_nb_trainable_parameters()
     assert sized.peft_config["default"].block_pattern == real.peft_config["default"].block_pattern
     assert all(parameter.is_meta for parameter in sized.parameters())
     shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (sized, real)]
@@ -25,11 +26,11 @@ def test_counts_and_shapes_are_those_of_the_model_with_values(make, score):
 
 
 def test_padding_is_not_counted_and_the_count_outlives_a_move_there():
-    settings = {"target_modules": ["up", "down"], "density": 0.6, "block_size": 8, "score": "random"}
+    settings = {"target_modules": ["up", "down"], "num_blocks": 9, "block_size": 8, "score": "random"}
     real = get_peft_model(Mlp(), SMTConfig(**settings))
-    counts = real.get_nb_trainable_parameters()
+    counts = real.base_model.get_nb_trainable_parameters()
     assert counts[0] < sum(p.numel() for p in real.parameters() if p.requires_grad)
-    assert real.to("meta").get_nb_trainable_parameters() == counts
+    assert real.to("meta").base_model.get_nb_trainable_parameters() == counts
 
 
 def test_a_step_gives_the_shapes_of_its_results():

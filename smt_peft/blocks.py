@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +149,44 @@ def _extents(size: int, step: int) -> Tensor:
     return lengths
 
 
+class _Derived:
+    """An attribute of a layout, computed when first asked for and kept.
+
+    Nothing is kept while a compiler, tracer or transform looks on: a tensor made then is part of its program and means
+    nothing after it. What such a program is to take as given is made before; see `BlockLayout.prepare`.
+    """
+
+    def __init__(self, compute: Callable[[BlockLayout], Any]):
+        self.compute, self.name, self.__doc__ = compute, compute.__name__, compute.__doc__
+
+    def __get__(self, layout: BlockLayout | None, owner: type) -> Any:
+        if layout is None:
+            return self
+        if _is_traced():
+            return self.compute(layout)
+        # Ordinary tensors also in inference mode: a training step may be the next to use them.
+        with torch.inference_mode(False):
+            value = self.compute(layout)
+        tensor = value.blocks if isinstance(value, BlockLayout) else value
+        # Found there before this method from now on. Not so the stand-ins of a FakeTensorMode.
+        if type(tensor) is Tensor or not isinstance(tensor, Tensor):
+            layout.__dict__[self.name] = value
+        return value
+
+
+def _is_traced() -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 @dataclass(frozen=True, eq=False)
 class BlockLayout:
-    """Chosen blocks of one matrix, with the index tensors that the operations need, each computed once.
+    """Chosen blocks of one matrix, with what the operations derive from them.
+
+    The compiled kernels read `blocks` alone, so that most layouts hold 8 bytes a block and little more. Every other
+    table belongs to a route (plain PyTorch, Triton, embedding tables, inputs kept by columns) and is made when that
+    route is first taken. None grows with the elements of the blocks.
 
     Args:
         grid: the tiling.
@@ -171,7 +205,7 @@ class BlockLayout:
         transposed matrix, sorted by (column, row) instead; looked at once."""
         self._checked  # noqa: B018
 
-    @cached_property
+    @_Derived
     def _checked(self) -> bool:
         try:
             self.grid.check_blocks(self.blocks, "block layout")
@@ -184,52 +218,56 @@ class BlockLayout:
                 raise error from None
         return True
 
-    @cached_property
+    @property
     def block_rows(self) -> Tensor:
-        """Row stripe of each block, int64 `(B,)`."""
-        return self.blocks[:, 0].long().contiguous()
+        """Row stripe of each block, int32 `(B,)`: a view of `blocks`."""
+        return self.blocks[:, 0]
 
-    @cached_property
+    @property
     def block_cols(self) -> Tensor:
-        """Column stripe of each block, int64 `(B,)`."""
-        return self.blocks[:, 1].long().contiguous()
+        """Column stripe of each block, int32 `(B,)`: a view of `blocks`."""
+        return self.blocks[:, 1]
 
-    @cached_property
+    @_Derived
     def row_starts(self) -> Tensor:
-        """Number of the first block of each row stripe, then B, int64 `(R + 1,)`; for blocks sorted by row."""
-        stripes = torch.arange(self.grid.row_stripes + 1, device=self.blocks.device)
-        return torch.searchsorted(self.block_rows, stripes)
+        """Number of the first block of each row stripe, then B, int32 `(R + 1,)`; for blocks sorted by row."""
+        stripes = torch.arange(self.grid.row_stripes + 1, dtype=torch.int32, device=self.blocks.device)
+        return torch.searchsorted(self.block_rows.contiguous(), stripes, out_int32=True)
 
-    @cached_property
+    @_Derived
     def max_blocks_in_row(self) -> int:
         """How many blocks the fullest row stripe holds."""
         return int(self.row_starts.diff().max())
 
-    @cached_property
+    @_Derived
     def effective_numel(self) -> int:
         return self.grid.effective_numel(self.blocks)
 
-    @cached_property
-    def touched_cols(self) -> Tensor:
-        """Column stripes that hold a chosen block, sorted int64 `(U,)`."""
-        return torch.unique(self.block_cols)
+    @_Derived
+    def num_columns(self) -> int:
+        """How many columns of the weight the blocks touch."""
+        return int(self.grid.widths()[self._touched_cols().long().cpu()].sum())
 
-    @cached_property
+    @_Derived
     def columns(self) -> Tensor:
-        """Union of the columns of the weight that the blocks touch, sorted int64."""
-        return _stripe_members(self.touched_cols, self.grid.block_cols, self.grid.cols)
+        """Union of the columns of the weight that the blocks touch, sorted int32."""
+        return _stripe_members(self._touched_cols(), self.grid.block_cols, self.grid.cols)
 
-    @cached_property
+    @_Derived
     def packed(self) -> BlockLayout:
         """The same blocks over the touched columns only: `x[:, columns]` goes with it as `x` goes with this layout."""
-        grid = BlockGrid(self.grid.rows, self.columns.numel(), *self.grid.block_shape)
-        local = torch.searchsorted(self.touched_cols, self.block_cols)
-        return self._derived(grid, torch.stack((self.block_rows, local), dim=1).to(torch.int32))
+        grid = BlockGrid(self.grid.rows, self.num_columns, *self.grid.block_shape)
+        local = torch.searchsorted(self._touched_cols(), self.block_cols.contiguous(), out_int32=True)
+        return self._derived(grid, torch.stack((self.block_rows, local), dim=1))
 
-    @cached_property
+    @_Derived
     def transposed(self) -> BlockLayout:
         """The layout of the transposed matrix; blocks keep their order, so they are *not* sorted by row there."""
         return self._derived(self.grid.transposed, self.blocks.flip(1))
+
+    def _touched_cols(self) -> Tensor:
+        """Column stripes that hold a chosen block, sorted int32 `(U,)`."""
+        return torch.unique(self.block_cols)
 
     def _derived(self, grid: BlockGrid, blocks: Tensor) -> BlockLayout:
         """Blocks that are right because these are, though not sorted by row when transposed."""
@@ -238,47 +276,35 @@ class BlockLayout:
         layout.__dict__["_checked"] = True
         return layout
 
-    @cached_property
+    @_Derived
     def segments(self) -> Tensor:
         """Where each row of each block starts in `weight.view(-1, block_cols)`, int64 `(B * block_rows,)`.
 
-        Only for a grid that is not ragged.
+        Of a ragged grid: in the weight padded to whole blocks.
         """
         grid = self.grid
-        first = self.block_rows * grid.block_rows * grid.col_stripes + self.block_cols
+        first = self.block_rows.long() * grid.block_rows * grid.col_stripes + self.block_cols
         within = torch.arange(grid.block_rows, device=first.device) * grid.col_stripes
         return (first[:, None] + within[None, :]).reshape(-1)
 
-    @cached_property
-    def elements(self) -> tuple[Tensor, Tensor]:
-        """For a ragged grid: position of every real element in the packed blocks and in the flat weight, int64."""
-        grid = self.grid
-        rows = self.block_rows[:, None] * grid.block_rows + torch.arange(grid.block_rows, device=self.blocks.device)
-        cols = self.block_cols[:, None] * grid.block_cols + torch.arange(grid.block_cols, device=self.blocks.device)
-        inside = ((rows < grid.rows)[:, :, None] & (cols < grid.cols)[:, None, :]).reshape(-1)
-        flat = (rows[:, :, None] * grid.cols + cols[:, None, :]).reshape(-1)
-        return inside.nonzero().squeeze(1), flat[inside]
-
     def prepare(self) -> BlockLayout:
-        """Compute every index tensor now, as ordinary tensors also when called in inference mode. Returns itself."""
-        with torch.inference_mode(False):
-            self.check()
-            self.row_starts, self.max_blocks_in_row  # noqa: B018
-            for layout in (self, self.transposed, self.packed):
-                if layout.grid.is_ragged:
-                    layout.elements  # noqa: B018
-                else:
-                    layout.segments  # noqa: B018
-                layout.block_rows, layout.block_cols, layout.columns  # noqa: B018
+        """Check the blocks and count what tracers cannot, as it depends on values. Returns itself."""
+        self.check()
+        self.num_columns  # noqa: B018
         return self
 
     def padding_mask(self) -> Tensor:
         """True where a packed block holds an element of the weight, bool `(B, block_rows, block_cols)`."""
-        inside = torch.zeros(
-            len(self) * self.grid.block_rows * self.grid.block_cols, dtype=torch.bool, device=self.blocks.device
-        )
-        inside[self.elements[0]] = True
-        return inside.view(len(self), *self.grid.block_shape)
+        row_Br, col_Bc = self.lines()
+        return (row_Br < self.grid.rows)[:, :, None] & (col_Bc < self.grid.cols)[:, None, :]
+
+    def lines(self) -> tuple[Tensor, Tensor]:
+        """Which rows and columns of the matrix each block spans, int64 `(B, block_rows)` and `(B, block_cols)`; past
+        the edge of the matrix where the block is ragged. Made anew at each call."""
+        grid, device = self.grid, self.blocks.device
+        row_Br = self.block_rows[:, None] * grid.block_rows + torch.arange(grid.block_rows, device=device)
+        col_Bc = self.block_cols[:, None] * grid.block_cols + torch.arange(grid.block_cols, device=device)
+        return row_Br, col_Bc
 
     def mask(self) -> Tensor:
         """True on the chosen blocks, bool `(rows, cols)`."""
@@ -291,7 +317,8 @@ class BlockLayout:
 
 
 def _stripe_members(stripes: Tensor, width: int, limit: int) -> Tensor:
-    members = (stripes[:, None] * width + torch.arange(width, device=stripes.device)).reshape(-1)
+    within = torch.arange(width, dtype=torch.int32, device=stripes.device)
+    members = (stripes[:, None] * width + within).reshape(-1)
     return members[members < limit]
 
 

@@ -30,7 +30,7 @@ def true_mask(layout: BlockLayout) -> torch.Tensor:
 def test_mask_columns_and_effective_count(layout):
     mask = true_mask(layout)
     assert torch.equal(layout.mask(), mask)
-    assert torch.equal(layout.columns, mask.any(dim=0).nonzero().squeeze(1))
+    assert torch.equal(layout.columns.long(), mask.any(dim=0).nonzero().squeeze(1))
     assert layout.effective_numel == mask.sum() == layout.padding_mask().sum()
     assert layout.grid.effective_sizes().sum() == layout.grid.numel
 

@@ -87,9 +87,10 @@ def block_scores(xs, dys, block_rows, block_cols, statistic):
     return operations.block_scores(list(zip(xs, dys, strict=True)), grid, statistic)
 
 
-@_op("block_matmul_(Tensor(a!) y, Tensor x, Tensor packed, Tensor blocks) -> ()")
-def block_matmul_(y, x, packed, blocks):
-    operations.block_matmul_(y, x, packed, _layout(blocks, (y.shape[1], x.shape[1]), packed.shape[1:]))
+@_op("block_matmul_(Tensor(a!) y, Tensor x, Tensor packed, Tensor blocks, bool transposed=False) -> ()")
+def block_matmul_(y, x, packed, blocks, transposed=False):
+    shape = (x.shape[1], y.shape[1]) if transposed else (y.shape[1], x.shape[1])
+    operations.block_matmul_(y, x, packed, _layout(blocks, shape, packed.shape[1:]), transposed)
 
 
 @_op(

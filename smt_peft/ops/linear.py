@@ -92,7 +92,7 @@ class _BlockLinear(torch.autograd.Function):
                     dx_TK = dy_TN @ merged_copy(weight_NK, delta_Brc, layout, dy_TN.dtype)
                 else:
                     dx_TK = dy_TN @ weight_NK.to(dy_TN.dtype)
-                    block_matmul_(dx_TK, dy_TN, delta_Brc.transpose(1, 2), layout.transposed)
+                    block_matmul_(dx_TK, dy_TN, delta_Brc, layout, transposed=True)
             if ctx.needs_input_grad[3]:
                 d_delta = block_grad(dy_TN, kept, layout.packed if ctx.columns_only else layout)
         return dx_TK, None, None, d_delta, None, None, None, None
@@ -125,7 +125,7 @@ class _BlockAdd(torch.autograd.Function):
 
 def wants_columns(layout: BlockLayout) -> bool:
     """Whether the block gradient is to keep a copy of the touched columns of X, not X itself."""
-    return layout.columns.numel() <= KEEP_WHOLE_SHARE * layout.grid.cols
+    return layout.num_columns <= KEEP_WHOLE_SHARE * layout.grid.cols
 
 
 def kept_input(x_TK: Tensor, layout: BlockLayout, columns_only: bool) -> Tensor:

@@ -100,20 +100,25 @@ def block_scores(pairs: Sequence[tuple[Tensor, Tensor]], grid: BlockGrid, statis
     return pick("block_scores", pairs, grid)(pairs, grid, statistic)
 
 
-def block_matmul_(y_TN: Tensor, x_TK: Tensor, blocks_Brc: Tensor, layout: BlockLayout) -> Tensor:
+def block_matmul_(
+    y_TN: Tensor, x_TK: Tensor, blocks_Brc: Tensor, layout: BlockLayout, transposed: bool = False
+) -> Tensor:
     """`Y += X delta^T` in place, for a delta that is zero outside the chosen blocks.
 
     Args:
         y_TN: any strides; the products are summed wide and rounded once into it.
         x_TK: any strides.
         blocks_Brc: the delta, any float dtype.
+        transposed: `Y += X delta` instead, with Y `(T, K)` and X `(T, N)`.
 
     Returns:
         `y_TN`.
     """
     if torch.compiler.is_compiling():
-        torch.ops.smt_peft.block_matmul_(y_TN, x_TK, blocks_Brc, layout.blocks)
+        torch.ops.smt_peft.block_matmul_(y_TN, x_TK, blocks_Brc, layout.blocks, transposed)
         return y_TN
+    if transposed:
+        blocks_Brc, layout = blocks_Brc.transpose(1, 2), layout.transposed
     tokens, grid = x_TK.shape[0], layout.grid
     _check(
         layout,

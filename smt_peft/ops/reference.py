@@ -44,10 +44,9 @@ def block_gather(weight_NK: Tensor, layout: BlockLayout) -> Tensor:
     rows, cols = layout.grid.block_shape
     if not layout.grid.is_ragged:
         return weight_NK.reshape(-1, cols).index_select(0, layout.segments).view(-1, rows, cols)
-    inside, flat = layout.elements
-    blocks = weight_NK.new_zeros(len(layout) * rows * cols)
-    blocks[inside] = weight_NK.reshape(-1)[flat]
-    return blocks.view(-1, rows, cols)
+    row_Br, col_Bc = layout.lines()
+    row_Br, col_Bc = row_Br.clamp_(max=layout.grid.rows - 1), col_Bc.clamp_(max=layout.grid.cols - 1)
+    return torch.where(layout.padding_mask(), weight_NK[row_Br[:, :, None], col_Bc[:, None, :]], 0)
 
 
 def block_scatter_(weight_NK: Tensor, blocks_Brc: Tensor, layout: BlockLayout) -> Tensor:
@@ -65,13 +64,17 @@ def block_scatter_(weight_NK: Tensor, blocks_Brc: Tensor, layout: BlockLayout) -
         block_scatter_(weight_NK.t(), blocks_Brc.transpose(1, 2), layout.transposed)
         return weight_NK
     rounded = blocks_Brc.to(weight_NK.dtype)
+    rows, cols = layout.grid.block_shape
     if not layout.grid.is_ragged:
-        weight_NK.view(-1, layout.grid.block_cols).index_copy_(
-            0, layout.segments, rounded.reshape(-1, layout.grid.block_cols)
-        )
+        weight_NK.view(-1, cols).index_copy_(0, layout.segments, rounded.reshape(-1, cols))
         return weight_NK
-    inside, flat = layout.elements
-    weight_NK.view(-1).index_copy_(0, flat, rounded.reshape(-1)[inside])
+    # Padding is made a copy of the last element before it and goes to the same place: so no shape depends on where the
+    # blocks lie, and no GPU has to be waited for.
+    row_Br, col_Bc = layout.lines()
+    past_Br, past_Bc = (row_Br - layout.grid.rows + 1).clamp_(min=0), (col_Bc - layout.grid.cols + 1).clamp_(min=0)
+    block_B, in_r, in_c = (torch.arange(size, device=row_Br.device) for size in rounded.shape)
+    values = rounded[block_B[:, None, None], (in_r - past_Br)[:, :, None], (in_c - past_Bc)[:, None, :]]
+    weight_NK[(row_Br - past_Br)[:, :, None], (col_Bc - past_Bc)[:, None, :]] = values
     return weight_NK
 
 
@@ -144,16 +147,10 @@ def block_matmul_(y_TN: Tensor, x_TK: Tensor, blocks_Brc: Tensor, layout: BlockL
 
 def dense(blocks_Brc: Tensor, layout: BlockLayout) -> Tensor:
     """The `(N, K)` matrix that holds the blocks and is zero elsewhere. Differentiable."""
-    rows, cols = layout.grid.block_shape
-    if not layout.grid.is_ragged:
-        flat = blocks_Brc.new_zeros((layout.grid.numel // cols, cols))
-        return flat.index_copy(0, layout.segments, blocks_Brc.reshape(-1, cols)).view(layout.grid.shape)
-    inside, flat = layout.elements
-    return (
-        blocks_Brc.new_zeros(layout.grid.numel)
-        .index_copy(0, flat, blocks_Brc.reshape(-1)[inside])
-        .view(layout.grid.shape)
-    )
+    grid, (rows, cols) = layout.grid, layout.grid.block_shape
+    segments = blocks_Brc.new_zeros((grid.row_stripes * rows * grid.col_stripes, cols))
+    padded = segments.index_copy(0, layout.segments, blocks_Brc.reshape(-1, cols)).view(grid.row_stripes * rows, -1)
+    return padded[: grid.rows, : grid.cols].contiguous() if grid.is_ragged else padded
 
 
 def _stripes(x_TK: Tensor, width: int, dtype: torch.dtype) -> Tensor:

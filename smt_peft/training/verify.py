@@ -250,10 +250,12 @@ def _compare_weights(
 
 
 def _merged_by_hand(weight: Tensor, layout: BlockLayout, delta: Tensor) -> Tensor:
-    packed, flat = layout.elements
-    merged = weight.contiguous().view(-1).clone()
-    merged[flat] = (merged[flat].float() + delta.reshape(-1)[packed].float()).to(weight.dtype)
-    return merged.view(weight.shape)
+    row_Br, col_Bc = layout.lines()
+    inside = layout.padding_mask()
+    rows, cols = (line.expand(inside.shape)[inside] for line in (row_Br[:, :, None], col_Bc[:, None, :]))
+    merged = weight.clone(memory_format=torch.contiguous_format)
+    merged[rows, cols] = (merged[rows, cols].float() + delta[inside].float()).to(weight.dtype)
+    return merged
 
 
 def main(argv: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..bases.sharded import is_dtensor
 from ..blocks import BlockGrid, BlockLayout
+from ..ops.linear import wants_columns
 from .gate import is_traced
 
 
@@ -20,15 +21,23 @@ class SMTBlocks(nn.Module):
     Attributes:
         weight: trainable delta from the base weight, `(num_blocks, rows, cols)`, fp32, zero at the start.
         index: `(row, col)` block coordinates, int32 `(num_blocks, 2)`, sorted and unique; saved with the weight.
+
+    Args:
+        name: of the module, for messages.
+        grid: the tiling.
+        num_blocks: how many.
+        looked_up: whether rows of the matrix are looked up, as those of an embedding table.
     """
 
-    def __init__(self, name: str, grid: BlockGrid, num_blocks: int):
+    def __init__(self, name: str, grid: BlockGrid, num_blocks: int, looked_up: bool = False):
         super().__init__()
         self.name = name
         self.grid = grid
+        self.looked_up = looked_up
         self.weight = nn.Parameter(torch.zeros(num_blocks, *grid.block_shape))
         self.register_buffer("index", torch.zeros(num_blocks, 2, dtype=torch.int32))
         self._layout: tuple[tuple, BlockLayout] | None = None
+        self._padding = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -49,7 +58,7 @@ class SMTBlocks(nn.Module):
                 f"{self.grid.cols} weight, as under tensor parallelism, which SMT does not support; shard the model "
                 "with FSDP2 or ZeRO-3, or leave this module out of the parallel plan"
             )
-        add = ops.block_add_traceable if is_traced() else ops.block_add
+        add = ops.block_add_traceable if is_traced() or self.index.is_meta else ops.block_add
         return add(y, x, self.weight, self.layout())
 
     def layout(self) -> BlockLayout:
@@ -61,6 +70,9 @@ class SMTBlocks(nn.Module):
         if self._layout is not None and torch.compiler.is_compiling():
             # The index is a symbol there, whose values cannot be checked; loading another drops this layout.
             return self._layout[1]
+        if self.index.is_meta:
+            # For shapes alone.
+            return BlockLayout(self.grid, self.index)
         version = 0 if self.index.is_inference() else self.index._version
         key = (id(self.index), version, self.index.device)
         if self._layout is None or self._layout[0] != key:
@@ -69,13 +81,31 @@ class SMTBlocks(nn.Module):
             if type(self.weight) is nn.Parameter:
                 self._check_finite(self.weight)
             with torch.inference_mode(False):
-                index = self.index.detach().clone()
-            self._layout = (key, _static(BlockLayout(self.grid, index).prepare()))
+                index = self.index.detach()
+                # A CUDA graph must find other positions at another address, or it would go on with tables of the old.
+                if index.device.type != "cpu" or index.is_inference():
+                    index = index.clone()
+            self._layout = (key, _prepared(BlockLayout(self.grid, index), self.looked_up))
+            # Outlives the positions, which a move to the meta device takes.
+            self._padding = self._padding_at(index)
         return self._layout[1]
+
+    def place(self, index: Tensor) -> None:
+        """Take these positions, int32 `(num_blocks, 2)`; on the meta device, only what they count."""
+        self._padding = self._padding_at(index)
+        if not self.index.is_meta:
+            self.index.copy_(index)
 
     def padding(self) -> int:
         """Entries of `weight` that lie outside the matrix: stored as zero, never trained, never counted."""
-        return math.prod(self.shape) - self.grid.effective_numel(self.index)
+        return self._padding_at(self.index) if self._has_values() else self._padding
+
+    def _has_values(self) -> bool:
+        """Not so on the meta device, or in a stand-in for tracing."""
+        return type(self.index) is Tensor and not self.index.is_meta
+
+    def _padding_at(self, index: Tensor) -> int:
+        return math.prod(self.shape) - self.grid.effective_numel(index) if self.grid.is_ragged else 0
 
     def check_loaded(self, weight: Tensor | None, index: Tensor | None) -> None:
         """Check tensors read from a file before they are copied in.
@@ -125,8 +155,7 @@ class SMTBlocks(nn.Module):
     def _remake_layout(self) -> None:
         """Make the layout of a new index now, so that a compiler finds it made; a bad one is told at its first use."""
         try:
-            # Not of an index without values: on the meta device, or a stand-in for tracing.
-            if type(self.index) is Tensor and not self.index.is_meta:
+            if self._has_values():
                 self.layout()
         except ValueError:
             self._layout = None
@@ -139,10 +168,18 @@ class SMTBlocks(nn.Module):
         return f"{len(self.index)} blocks, {self.grid}"
 
 
-def _static(layout: BlockLayout) -> BlockLayout:
-    """Tells compilers that the index tensors stay where they are: a CUDA graph then reads them in place, and finds the
-    very tensors that were checked, instead of copies that would have to be checked while it is captured."""
-    for part in (layout, layout.transposed, layout.packed):
-        for index in (part.blocks, part.columns):
-            torch._dynamo.mark_static_address(index)
+def _prepared(layout: BlockLayout, looked_up: bool) -> BlockLayout:
+    """Makes what a compiled or traced call would have to make from the values of the index.
+
+    Compilers are told that index tensors stay where they are: a CUDA graph then reads them in place, and finds the very
+    tensors that were checked, instead of copies that would have to be checked while it is captured.
+    """
+    layout.prepare()
+    parts = [layout.blocks]
+    if looked_up:
+        layout.row_starts, layout.max_blocks_in_row  # noqa: B018
+    elif wants_columns(layout):
+        parts += [layout.columns, layout.packed.blocks]
+    for index in parts:
+        torch._dynamo.mark_static_address(index)
     return layout

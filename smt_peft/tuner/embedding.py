@@ -21,6 +21,8 @@ class Embedding(HealingModule, SMTLayer):
     and `scale_grad_by_freq` mean for the blocks what they mean for the table. The table itself is never written.
     """
 
+    looked_up = True
+
     def __init__(self, base_layer: nn.Module, name: str, **kwargs: Any):
         super().__init__()
         SMTLayer.__init__(self, base_layer, name, **kwargs)

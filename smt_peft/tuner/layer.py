@@ -25,6 +25,8 @@ class SMTLayer(BaseTunerLayer):
 
     adapter_layer_names = ("smt_blocks",)
     other_param_names = ("smt_forward",)
+    # Whether rows of the weight are looked up instead of multiplied with.
+    looked_up = False
 
     def __init__(self, base_layer: nn.Module, name: str, **kwargs: Any):
         self.base_layer = base_layer
@@ -81,11 +83,10 @@ class SMTLayer(BaseTunerLayer):
         """Add or replace an adapter of `num_blocks` blocks at the positions `index`, int32 `(num_blocks, 2)`."""
         self.check_forward(config.forward)
         self.check_grid(grid)
-        blocks = SMTBlocks(self.smt_name, grid, num_blocks)
+        blocks = SMTBlocks(self.smt_name, grid, num_blocks, self.looked_up)
         # Whole, also where DeepSpeed has partitioned it at birth.
         with torch.no_grad(), present(blocks, modify=True):
-            if not blocks.index.is_meta:
-                blocks.index.copy_(index)
+            blocks.place(index)
             if not config.init_weights and not blocks.weight.is_meta:
                 # As large as the weights themselves, so that tests see the delta act.
                 mask = BlockLayout(grid, blocks.index).padding_mask() if grid.is_ragged else 1
@@ -142,7 +143,8 @@ class SMTLayer(BaseTunerLayer):
             layout = self.smt_blocks[adapter].layout()
             original, merged = self._merged_blocks(adapter)
             ops.block_scatter_(self.weight_view().data, merged, layout)
-            self._originals[adapter] = layout, original
+            # A copy, as another index may be loaded into the adapter.
+            self._originals[adapter] = BlockLayout(layout.grid, layout.blocks.clone()), original
             self._merges.append((self, adapter))
             self.merged_adapters.append(adapter)
 

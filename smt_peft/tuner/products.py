@@ -182,5 +182,5 @@ def _split_layout(layout: BlockLayout, experts: int) -> tuple[list[int], list[Bl
     layouts = []
     for expert, blocks in enumerate(layout.blocks.split(counts)):
         first = torch.tensor([expert * grid.row_stripes, 0], dtype=torch.int32, device=blocks.device)
-        layouts.append(BlockLayout(grid, blocks - first).prepare() if len(blocks) else None)
+        layouts.append(BlockLayout(grid, blocks - first) if len(blocks) else None)
     return counts, layouts

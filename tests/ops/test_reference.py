@@ -82,6 +82,8 @@ def test_strided_operands(route):
 def test_transposed_layout_swaps_the_roles(layout):
     dy, x, delta = _operands(layout, 5, torch.float64)
     assert torch.allclose(ops.block_grad(x, dy, layout.transposed), ops.block_grad(dy, x, layout).transpose(1, 2))
+    expected = dy @ ops.dense(delta, layout)
+    assert torch.allclose(ops.block_matmul_(torch.zeros_like(expected), dy, delta, layout, transposed=True), expected)
     product = ops.block_product(dy, delta.transpose(1, 2), layout.transposed)
     assert torch.allclose(product, dy @ ops.dense(delta, layout), rtol=0, atol=1e-12)
 

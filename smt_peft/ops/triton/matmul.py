@@ -168,7 +168,7 @@ def _gathered_(y_TN: Tensor, x_TK: Tensor, delta_Brc: Tensor, layout: BlockLayou
     if layout.grid.row_stripes == 1:
         weight_NU = dense(delta_Brc, layout.packed)
         return y_TN.addmm_(x_TK.index_select(1, layout.columns), weight_NU.t())
-    rows = layout.transposed.columns
+    rows = layout.transposed.columns.long()
     weight_KU = dense(delta_Brc.transpose(1, 2), layout.transposed.packed)
     return y_TN.index_copy_(1, rows, y_TN.index_select(1, rows).addmm_(x_TK, weight_KU))
 

@@ -81,10 +81,9 @@ class SMTBlocks(nn.Module):
             if type(self.weight) is nn.Parameter:
                 self._check_finite(self.weight)
             with torch.inference_mode(False):
-                index = self.index.detach()
-                # A CUDA graph must find other positions at another address, or it would go on with tables of the old.
-                if index.device.type != "cpu" or index.is_inference():
-                    index = index.clone()
+                # A copy: what has been checked must not change under a backward pass that is still to come, and a CUDA
+                # graph must find other positions at another address.
+                index = self.index.detach().clone()
             self._layout = (key, _prepared(BlockLayout(self.grid, index), self.looked_up))
             # Outlives the positions, which a move to the meta device takes.
             self._padding = self._padding_at(index)

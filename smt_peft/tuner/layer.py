@@ -143,8 +143,7 @@ class SMTLayer(BaseTunerLayer):
             layout = self.smt_blocks[adapter].layout()
             original, merged = self._merged_blocks(adapter)
             ops.block_scatter_(self.weight_view().data, merged, layout)
-            # A copy, as another index may be loaded into the adapter.
-            self._originals[adapter] = BlockLayout(layout.grid, layout.blocks.clone()), original
+            self._originals[adapter] = layout, original
             self._merges.append((self, adapter))
             self.merged_adapters.append(adapter)
 

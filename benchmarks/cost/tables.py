@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from smt_peft.config import DATA_FREE_SCORES
+
 Table = tuple[list[str], list[list[Any]]]
 MIB = 2**20
 
@@ -51,7 +53,8 @@ def warm_ups(result: Mapping[str, Any]) -> Table:
     return head, [
         [
             row["score"],
-            row["batch_in_steps"],
+            # A score without data has no batches; its row times an empty pass.
+            None if row["score"] in DATA_FREE_SCORES else row["batch_in_steps"],
             row["choice_in_steps"],
             row["peak_bytes"] / MIB,
             row["peak_ratio"],

@@ -104,10 +104,11 @@ def row(between: str, score: str, spread: str, count: int, overlaps: list[float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="batches of a warm-up (%(default)s)")
     args = parser.parse_args()
     tasks = {name: TASKS[name]() for name in SKILLS}
     rank, weights = per_rank(next(iter(tasks.values())).base())
-    rows = list(measured(tasks, SCORES, LENGTHS))
+    rows = list(measured(tasks, SCORES, tuple(args.lengths)))
     result = {**record("cpu"), "commit": commit(), "by_chance": BUDGET * rank / weights, "rows": rows}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 

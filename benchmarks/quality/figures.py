@@ -87,7 +87,8 @@ def draw_rates(points: Points, figure: Figure) -> None:
         axis.set_xscale("log")
         axis.set_title(task, fontsize=10)
     axes[0].set_ylabel("exact match on validation rows, %")
-    axes[0].legend(fontsize=7, frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
 def draw_budgets(points: Points, figure: Figure) -> None:
@@ -122,7 +123,7 @@ def finish(axis: Axes, x: str, y: str) -> None:
 
 
 FIGURES: dict[str, tuple[Callable[[], Points], Callable[[Points, Figure], None], tuple[float, float]]] = {
-    "rates": (rates, draw_rates, (9.5, 3.4)),
+    "rates": (rates, draw_rates, (9.5, 3.9)),
     "budgets": (budgets, draw_budgets, (5.5, 3.6)),
     "reach": (reach, draw_reach, (5.5, 3.6)),
 }

@@ -254,7 +254,9 @@ def _merged_by_hand(weight: Tensor, layout: BlockLayout, delta: Tensor) -> Tenso
     inside = layout.padding_mask()
     rows, cols = (line.expand(inside.shape)[inside] for line in (row_Br[:, :, None], col_Bc[:, None, :]))
     merged = weight.clone(memory_format=torch.contiguous_format)
-    merged[rows, cols] = (merged[rows, cols].float() + delta[inside].float()).to(weight.dtype)
+    # Experts are stored in three dimensions and are one matrix above the other to the layout.
+    matrix = merged.view(layout.grid.shape)
+    matrix[rows, cols] = (matrix[rows, cols].float() + delta[inside].float()).to(weight.dtype)
     return merged
 
 

@@ -1,8 +1,8 @@
 """Every method that is compared: PEFT's by their configs, SMT's scores and shapes by `SMTConfig`, and full fine-tuning.
 
 A budget is the rank of the LoRA that has as many trainable weights, so that LoRA meets it exactly; it may be a
-fraction. SMT comes within half a percent of it; the other rivals get what their own knob lets them have from there on, so
-that none has fewer than LoRA but by one in a hundred. The number they end up with is recorded.
+fraction. SMT comes within one percent of it; the other rivals get what their own knob lets them have from there on, so
+that none has less than 0.99 of it. The number they end up with is recorded.
 """
 
 from __future__ import annotations

@@ -165,3 +165,10 @@ def collect(results: Iterable[dict[str, Any]], file: Path) -> None:
     head = ",\n".join(f"{json.dumps(key)}: {json.dumps(values, indent=1)}" for key, values in shared.items())
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("{\n" + head + ',\n"runs": [\n' + ",\n".join(sorted(lines)) + "\n]}\n")
+
+
+def collected(file: Path) -> list[dict[str, Any]]:
+    """The runs of a file that `collect` wrote, each whole again."""
+    found = json.loads(file.read_text())
+    shared = ("environment", "described")
+    return [run | {key: found[key][run[key]] for key in shared} for run in found["runs"]]

@@ -12,6 +12,7 @@ import torch
 from peft import get_peft_model
 
 from benchmarks.quality import agreement, docstrings, grid, methods, results, skills, studies, task, trial
+from benchmarks.quality.__main__ import main
 from smt_peft import BlockSelection, SMTConfig, select_blocks
 from smt_peft.blocks import BlockGrid
 
@@ -197,6 +198,13 @@ def test_what_was_run_is_not_run_again_and_a_cell_reads_back_as_it_was(tmp_path,
     assert shared["described"][0]["rows"] == [
         len(part) for part in (sort.rows.train, sort.rows.validation, sort.rows.test)
     ]
+
+    monkeypatch.setattr(
+        "sys.argv", ["", "restore", "--out", str(tmp_path / "results"), "--runs", str(tmp_path / "again")]
+    )
+    assert main() == 0
+    assert grid.Store(tmp_path / "again").all() == store.all()
+    assert grid.settle(asked, lambda each: grid.measured(each, grid.Store(tmp_path / "again")), seeds=2) == first
 
 
 def test_a_selection_is_described_by_the_stripes_that_it_reaches():

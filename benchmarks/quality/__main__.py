@@ -33,7 +33,9 @@ def main() -> int:
         "--workers", type=int, default=os.cpu_count(), help="processes of one thread each (%(default)s)"
     )
     parser.add_argument("--runs", type=Path, default=ROOT / "out" / "quality", help="one JSON file per run")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality", help="of collect and restore")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "quality", help="of collect and restore"
+    )
     args = parser.parse_args()
     unknown = sorted(set(args.studies) - set(STUDIES))
     if unknown:

@@ -1,4 +1,4 @@
-"""Exact match: does the model complete a prompt with exactly the expected text?"""
+"""What a model says to prompts, and how often that is exactly the expected text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@torch.no_grad()
 def exact_match(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -31,13 +30,50 @@ def exact_match(
     """
     plain = isinstance(rows[0]["prompt"], str)  # a chat template has put the special tokens in already
     prompts = [_prompt(tokenizer, row["prompt"]) for row in rows]
-    expected = [_text(row["completion"]).strip() for row in rows]
-    # Prompts of like length share a batch, so that little of it is padding.
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    texts = completions(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        special_tokens=plain,
+        label=label,
+    )
+    hits = sum(text.strip() == _text(row["completion"]).strip() for text, row in zip(texts, rows, strict=True))
+    return hits / len(rows)
+
+
+@torch.no_grad()
+def completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    num_beams: int = 1,
+    special_tokens: bool = True,
+    label: str | None = None,
+) -> list[str]:
+    """What a model says to each prompt, without the prompt and without special tokens.
+
+    Args:
+        model: a causal language model; its training mode is left as found.
+        tokenizer: with a padding and an end-of-text token.
+        prompts: texts.
+        max_new_tokens: length limit of a completion.
+        batch_size: prompts completed at once.
+        num_beams: beams of the search; 1 is greedy.
+        special_tokens: whether the tokenizer puts its own around a prompt.
+        label: what the progress bar says; None shows none.
+    """
+    # Prompts of like length share a batch, so that little of it is padding; the longest first, so that memory that does
+    # not suffice runs out early.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     training, side = model.training, tokenizer.padding_side
     model.eval()
     tokenizer.padding_side = "left"
-    hits = 0
+    found = [""] * len(prompts)
     try:
         for start in tqdm(range(0, len(order), batch_size), desc=label, leave=False, disable=label is None):
             chosen = order[start : start + batch_size]
@@ -45,13 +81,13 @@ def exact_match(
                 [prompts[i] for i in chosen],
                 return_tensors="pt",
                 padding=True,
-                add_special_tokens=plain,
+                add_special_tokens=special_tokens,
                 return_token_type_ids=False,
             )
-            batch = batch.to(model.device)
             tokens = model.generate(
-                **batch,
+                **batch.to(model.device),
                 max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
@@ -60,11 +96,12 @@ def exact_match(
             texts = tokenizer.batch_decode(
                 tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
-            hits += sum(text.strip() == expected[i] for text, i in zip(texts, chosen, strict=True))
+            for i, text in zip(chosen, texts, strict=True):
+                found[i] = text
     finally:
         model.train(training)
         tokenizer.padding_side = side
-    return hits / len(rows)
+    return found
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict]) -> str:

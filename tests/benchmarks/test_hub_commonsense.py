@@ -18,6 +18,7 @@ from benchmarks.hub.commonsense.questions import TASKS, prompt, read_answer, rea
 from smt_peft import SMTConfig
 from smt_peft.bases.targets import find_targets
 from smt_peft.selection import select_without_data
+from smt_peft.training.evaluate import completions
 
 ROOT = Path(__file__).parents[2]
 YAMLS = ROOT / "benchmarks" / "hub" / "commonsense"
@@ -164,7 +165,7 @@ def place(tmp_path_factory) -> Path:
 def test_completions_in_a_batch_are_those_of_each_prompt_alone(place):
     tuned, tokenizer = evaluate.load(place / "adapter", None, "float32", "cpu")
     prompts = ["one two three", "b", "longer than the others by far", "c?", "two words", "Answer:"]
-    together = evaluate.complete(tuned, tokenizer, prompts, batch_size=4, max_new_tokens=6)
+    together = completions(tuned, tokenizer, prompts, batch_size=4, max_new_tokens=6, num_beams=4)
     assert len(set(together)) == len(prompts)
     for text, said in zip(prompts, together, strict=True):
         tokens = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -173,13 +174,15 @@ def test_completions_in_a_batch_are_those_of_each_prompt_alone(place):
         )
         assert tokenizer.decode(alone[0, tokens.shape[1] :], skip_special_tokens=True) == said
     plain, _ = evaluate.load(None, str(place / "model"), "float32", "cpu")
-    assert evaluate.complete(plain, tokenizer, prompts, batch_size=4, max_new_tokens=6) != together
+    assert completions(plain, tokenizer, prompts, batch_size=4, max_new_tokens=6, num_beams=4) != together
 
 
 def test_the_mean_is_told_of_eight_whole_test_sets_only(place, monkeypatch):
     monkeypatch.setattr(evaluate, "TASKS", tuple(type(task)(task.name, task.folder, task.answers, 3) for task in TASKS))
     # Right on every row whose answer is the task's first word: two of three.
-    monkeypatch.setattr(evaluate, "complete", lambda _m, _t, prompts, label: [BY_NAME[label].answers[0]] * len(prompts))
+    monkeypatch.setattr(
+        evaluate, "completions", lambda _m, _t, prompts, label, **_: [BY_NAME[label].answers[0]] * len(prompts)
+    )
     found = evaluate.evaluate(None, None, place / "dataset", evaluate.TASKS)
     assert found["mean"] == pytest.approx(2 / 3)
     assert evaluate.line(found).startswith("BoolQ 66.7, PIQA 66.7, ")

@@ -18,66 +18,22 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import smt_peft  # noqa: F401  (registers SMT with PEFT)
 from smt_peft.bench.environment import record
 from smt_peft.training.errors import ConfigError
+from smt_peft.training.evaluate import completions
 from smt_peft.training.model import load_model, load_tokenizer
 
 from .questions import TASKS, Task, prompt, read_answer, read_rows
 
-BEAMS, MAX_NEW_TOKENS = 4, 32
+PUBLISHED = {"num_beams": 4, "max_new_tokens": 32}
 
 
-@torch.no_grad()
-def complete(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    batch_size: int,
-    num_beams: int = BEAMS,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    label: str | None = None,
-) -> list[str]:
-    """What a model says to each prompt, without the prompt; the longest go first, so that memory runs out early.
-
-    Args:
-        model: a causal language model in evaluation mode.
-        tokenizer: with a padding token; pads on the left from now on.
-        prompts: texts.
-        batch_size: prompts completed at once.
-        num_beams: beams of the search; 1 is greedy.
-        max_new_tokens: length limit of a completion.
-        label: what the progress bar says; None shows none.
-    """
-    tokenizer.padding_side = "left"
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    completions = [""] * len(prompts)
-    for start in tqdm(range(0, len(order), batch_size), desc=label, leave=False, disable=label is None):
-        chosen = order[start : start + batch_size]
-        batch = tokenizer(
-            [prompts[i] for i in chosen], return_tensors="pt", padding=True, return_token_type_ids=False
-        ).to(model.device)
-        tokens = model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            completions[i] = text
-    return completions
-
-
-def grade(task: Task, rows: Sequence[Mapping[str, str]], completions: Sequence[str]) -> dict[str, Any]:
+def grade(task: Task, rows: Sequence[Mapping[str, str]], said: Sequence[str]) -> dict[str, Any]:
     """Accuracy (a share), how many completions held no answer word at all, and whether the test set is whole."""
-    answers = [read_answer(task, completion) for completion in completions]
+    answers = [read_answer(task, completion) for completion in said]
     hits = sum(answer == row["answer"] for answer, row in zip(answers, rows, strict=True))
     return {
         "accuracy": hits / len(rows),
@@ -98,12 +54,12 @@ def evaluate(
     """Grade the tasks.
 
     Args:
-        model: a causal language model in evaluation mode.
+        model: a causal language model.
         tokenizer: its own.
         data: holds `<folder of the task>/test.json`.
         tasks: which.
         limit: only so many first rows of each.
-        generation: arguments of `complete`.
+        generation: arguments of `completions`: `batch_size`, and what differs from beam search as published.
 
     Returns:
         `tasks`: what `grade` says of each; `mean`: of the eight accuracies, None unless all eight test sets were whole.
@@ -114,8 +70,9 @@ def evaluate(
     sets = {task: list(read_rows(data / task.folder / "test.json"))[:limit] for task in tasks}
     grades = {}
     for task, rows in sets.items():
-        completions = complete(model, tokenizer, [prompt(row) for row in rows], label=task.name, **generation)
-        grades[task.name] = grade(task, rows, completions)
+        prompts = [prompt(row) for row in rows]
+        said = completions(model, tokenizer, prompts, label=task.name, **PUBLISHED | generation)
+        grades[task.name] = grade(task, rows, said)
     whole = len(grades) == len(TASKS) and all(grade["whole"] for grade in grades.values())
     return {
         "tasks": grades,
@@ -147,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="*", choices=[task.name for task in TASKS], help="only these")
     parser.add_argument("--limit", type=int, help="only so many rows of each")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--beams", type=int, default=BEAMS)
+    parser.add_argument("--beams", type=int, default=PUBLISHED["num_beams"])
     parser.add_argument("--dtype", default="auto", help="of the base weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
@@ -172,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "adapter": str(arguments.adapter) if arguments.adapter else None,
         "model": model.config.name_or_path,
         "beams": arguments.beams,
-        "max_new_tokens": MAX_NEW_TOKENS,
+        "max_new_tokens": PUBLISHED["max_new_tokens"],
         "seconds": time.perf_counter() - start,
         **record(arguments.device),
     }

@@ -50,8 +50,8 @@ def runs() -> Runs:
     return Runs.read()
 
 
-def outcomes(name: str, tasks: Sequence[str], budget: float, **changes) -> list[Outcome | None]:
-    return [runs().outcome(cell(task, name, budget, **changes)) for task in tasks]
+def outcomes(name: str, tasks: Sequence[str], rank: float, **changes) -> list[Outcome | None]:
+    return [runs().outcome(cell(task, name, rank, **changes)) for task in tasks]
 
 
 def mean(found: Sequence[Outcome | None], of: Callable[[Outcome], float | None]) -> float | None:
@@ -129,6 +129,28 @@ def spread() -> str:
             line.append(shown(mean(found, lambda each: each.accuracy)))
         lines.append(line)
     return table(["score", *(f"`{lie}`" for lie in spreads)], [line for line in lines if set(line[1:]) != {"-"}])
+
+
+def concentration() -> str:
+    """How crowded the blocks lie that ways to choose them by one score give, and what is learned with them."""
+    ways = [
+        {"budget": scope, "spread": lie}
+        for lie in ("assignment", "free")
+        for scope in ("per_module", "per_layer", "global")
+    ]
+    ways += [{"block_size": size} for size in (8, 16, 32)]
+    lines = []
+    for way in ways:
+        found = outcomes("smt", SKILLS, 2, **way)
+        shares = [
+            shown(mean(found, lambda each, key=key: each.shape(key)), ".0%")
+            for key in ("modules", "top_module", "mass", "rows", "cols")
+        ]
+        lowest = shown(mean(found, lambda each: each.shape("lowest")))
+        named = ", ".join(f"`{key}={value}`" for key, value in way.items())
+        lines.append([named, *shares, lowest, shown(mean(found, lambda each: each.accuracy))])
+    heads = ["", "modules", "fullest module", "score mass", "rows", "columns", "lowest layer", "accuracy"]
+    return table(heads, [line for line in lines if line[-1] != "-"])
 
 
 def budgets() -> str:
@@ -209,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-blocks": partial(variants, "blocks", ON_SKILLS),
     "quality-encoder-blocks": partial(variants, "encoder-blocks", ON_ENCODER),
     "quality-encoder-choice": partial(variants, "encoder-choice", ON_ENCODER),
+    "quality-concentration": concentration,
     "quality-scope": partial(variants, "scope", ON_SKILLS),
     "quality-modules": parts,
     "quality-warmup": warmup,

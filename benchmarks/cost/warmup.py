@@ -1,12 +1,11 @@
 """What choosing the blocks costs, and what a whole run costs with it.
 
 The warm-up pass is timed with one batch and with more: the difference is what a batch costs, the rest is choosing.
-A run of N steps costs `BATCHES` warm-up batches and one choice, then N steps; of a rival, N steps.
+A run of N steps costs `WARMUP_BATCHES` warm-up batches and one choice, then N steps; of a rival, N steps.
 """
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator, Mapping
 from statistics import median
@@ -16,6 +15,7 @@ from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.bench.measure import spread
+from smt_peft.selection.warmup import WARMUP_BATCHES
 
 from . import methods
 from .memory import step_memory, trace
@@ -27,8 +27,6 @@ from .training import Note
 
 # With data, all in one pass; `random` stands for what needs none.
 SCORES = ("grad_abs", "mean_abs", "grad_sum_abs", "taylor", "activation", "low_rank_magnitude", "random")
-# What `select_blocks` takes when it is not told.
-BATCHES = inspect.signature(select_blocks).parameters["num_batches"].default
 MORE = 2
 RUNS = (100, 1000, 10000)
 
@@ -129,7 +127,7 @@ def choice_seconds(one: list[float], more: list[float]) -> tuple[float, float]:
 
 def run_ratio(seconds: list[float], frozen: list[float], steps: int, batch: float, choosing: float) -> float:
     """A run of that many steps, warm-up included, as a ratio to as many frozen passes."""
-    return (BATCHES * batch + choosing + steps * median(seconds)) / (steps * median(frozen))
+    return (WARMUP_BATCHES * batch + choosing + steps * median(seconds)) / (steps * median(frozen))
 
 
 def backward_memory(full: Method, case: Case) -> int:

@@ -33,6 +33,8 @@ Taps = GradientTaps | ActivationTaps
 LossFunction = Callable[[nn.Module, Any], Tensor]
 _NONE_LEFT = object()
 _FAILED_ELSEWHERE = "the warm-up pass failed in another process, so no blocks were chosen; see its message"
+# More did not train better, and each costs about as much as a step (tables quality-warmup, cost-warmup; 2026-11).
+WARMUP_BATCHES = 16
 _DATALOADER = "pass an iterable of batches, such as a torch.utils.data.DataLoader"
 
 
@@ -41,7 +43,7 @@ def select_blocks(
     model: nn.Module,
     config: SMTConfig,
     dataloader: Iterable | None = None,
-    num_batches: int = 64,
+    num_batches: int = WARMUP_BATCHES,
     *,
     loss_fn: LossFunction | None = None,
     accumulator_device: torch.device | str | None = None,

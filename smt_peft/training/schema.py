@@ -21,6 +21,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from ..config import SMTConfig
+from ..selection.warmup import WARMUP_BATCHES
 from .source import Errors, read_yaml
 
 AUTO = "auto"
@@ -139,7 +140,7 @@ class Run:
 @dataclass
 class _Warmup:
     selection: str = AUTO
-    warmup_batches: int = 64
+    warmup_batches: int = WARMUP_BATCHES
 
 
 def known_keys() -> dict[str, Any]:

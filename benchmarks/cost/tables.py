@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smt_peft.config import DATA_FREE_SCORES
+from smt_peft.config import DATA_FREE_SCORES, SMTConfig
+from smt_peft.selection.warmup import WARMUP_BATCHES
 
 Table = tuple[list[str], list[list[Any]]]
 MIB = 2**20
+#: Steps of the runs whose whole cost is told.
+RUNS = (100, 1000, 10000)
 
 
 def steps(result: Mapping[str, Any], point: str) -> Table:
@@ -40,11 +43,20 @@ def steps(result: Mapping[str, Any], point: str) -> Table:
 
 
 def runs(result: Mapping[str, Any]) -> Table:
-    """Whole runs, warm-up included, as ratios to as many frozen passes; of the suite `warmup`."""
-    rows = [row for row in measured(result, "warm-up") if "ratio_of_100_steps" in row]
-    lengths = [key for key in rows[0] if key.startswith("ratio_of_")] if rows else []
-    head = ["method", "one step", *(f"{key.split('_')[2]} steps" for key in lengths)]
-    return head, [[row["method"], row["ratio"], *(row[key] for key in lengths)] for row in rows]
+    """Whole runs as ratios to as many frozen passes, of the suite `warmup`.
+
+    N steps of SMT cost `WARMUP_BATCHES` batches of the default score's warm-up and one choice, then N steps; of a
+    rival, N steps.
+    """
+    rows = {row["method"]: row for row in measured(result, "warm-up")}
+    frozen, choosing = rows["frozen"]["seconds"], rows[f"warm-up, {SMTConfig.score}"]
+    once = WARMUP_BATCHES * choosing["seconds"] + choosing["choice_seconds"]
+    lines = [
+        [name, row["ratio"], *((row["seconds"] + once * (name == "smt matched") / n) / frozen for n in RUNS)]
+        for name, row in rows.items()
+        if "score" not in row
+    ]
+    return ["method", "one step", *(f"{n} steps" for n in RUNS)], lines
 
 
 def warm_ups(result: Mapping[str, Any]) -> Table:

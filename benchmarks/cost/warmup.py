@@ -1,7 +1,6 @@
 """What choosing the blocks costs, and what a whole run costs with it.
 
 The warm-up pass is timed with one batch and with more: the difference is what a batch costs, the rest is choosing.
-A run of N steps costs `WARMUP_BATCHES` warm-up batches and one choice, then N steps; of a rival, N steps.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.bench.measure import spread
-from smt_peft.selection.warmup import WARMUP_BATCHES
 
 from . import methods
 from .memory import step_memory, trace
@@ -28,7 +26,6 @@ from .training import Note
 # With data, all in one pass; `random` stands for what needs none.
 SCORES = ("grad_abs", "mean_abs", "grad_sum_abs", "taylor", "activation", "low_rank_magnitude", "random")
 MORE = 2
-RUNS = (100, 1000, 10000)
 
 
 def suite(result: Result, case: Case, rounds: int, warmup: int) -> None:
@@ -37,7 +34,7 @@ def suite(result: Result, case: Case, rounds: int, warmup: int) -> None:
 
 
 def measured(case: Case, rounds: int, warmup: int) -> Iterator[dict[str, Any]]:
-    """A row for each method, and for each score one of its warm-up pass; SMT's runs are those of the default score."""
+    """A row for each method, and for each score one of its warm-up pass."""
     rank = equal_rank(case.build(), case.density, case.targets)
     chosen = {
         "frozen": methods.frozen(),
@@ -55,14 +52,11 @@ def measured(case: Case, rounds: int, warmup: int) -> Iterator[dict[str, Any]]:
         for batches in (1, MORE):
             steps[f"{score} {batches}"] = lambda s=score, n=batches: choose(base, config(case, s), case, n)
     seconds = interleaved(steps, rounds, warmup)
-    default = choice_seconds(seconds[f"{SMTConfig.score} 1"], seconds[f"{SMTConfig.score} {MORE}"])
     for name, training in built.items():
-        before = default if name == "smt matched" else (0.0, 0.0)
         yield {
             **row(name, case, training, seconds[name], seconds["frozen"]),
             **memory[name],
             "peak_ratio": memory[name]["peak_bytes"] / memory["frozen"]["peak_bytes"],
-            **{f"ratio_of_{n}_steps": run_ratio(seconds[name], seconds["frozen"], n, *before) for n in RUNS},
         }
     limit = backward_memory(chosen["full"], case)
     for score in SCORES:
@@ -123,11 +117,6 @@ def choice_seconds(one: list[float], more: list[float]) -> tuple[float, float]:
     """Median seconds of a batch, and of all that is done once."""
     batch = median((m - o) / (MORE - 1) for o, m in zip(one, more, strict=True))
     return batch, max(0.0, median(one) - batch)
-
-
-def run_ratio(seconds: list[float], frozen: list[float], steps: int, batch: float, choosing: float) -> float:
-    """A run of that many steps, warm-up included, as a ratio to as many frozen passes."""
-    return (WARMUP_BATCHES * batch + choosing + steps * median(seconds)) / (steps * median(frozen))
 
 
 def backward_memory(full: Method, case: Case) -> int:

@@ -240,7 +240,14 @@ def test_the_warm_up_is_inside_the_cost_of_a_run(tmp_path):
     assert set(scores) == set(warmup.SCORES)
     assert scores["grad_abs"]["peak_bytes"] > scores["activation"]["peak_bytes"]
     assert scores["grad_abs"]["peak_to_full_backward"] < 1
-    assert warmup.run_ratio([2.0], [1.0], 100, batch=0.5, choosing=8.0) == (64 * 0.5 + 8 + 200) / 100
+    times = {"frozen": 1.0, "smt matched": 2.0, "lora": 3.0}
+    rows = [{"point": "warm-up", "method": name, "ratio": value, "seconds": value} for name, value in times.items()]
+    choosing = {"method": "warm-up, grad_abs", "score": "grad_abs", "seconds": 0.5, "choice_seconds": 12.0}
+    assert tables.runs({"rows": [*rows, {"point": "warm-up"} | choosing]})[1] == [
+        ["frozen", 1.0, 1.0, 1.0, 1.0],
+        ["smt matched", 2.0, 2.2, 2.02, 2.002],
+        ["lora", 3.0, 3.0, 3.0, 3.0],
+    ]
     for table in (tables.runs(found), tables.warm_ups(found)):
         assert table[1] and all(len(row) == len(table[0]) for row in table[1])
 

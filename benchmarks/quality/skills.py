@@ -1,9 +1,9 @@
 """Skills for the project's own pre-trained byte-level Llama: short text to text, scored by exact match.
 
 The model knows the sources of Python's standard library and none of these; each is a new circuit of another kind:
-`reverse` moves letters by position, `sort` by content, `shift` maps each letter, `rename` does what the quickstart
-does with identifiers. A row is `(prompt, answer)`; an answer is right when the model prefers every byte of it, and its
-end, to all others, which is what greedy decoding needs to write exactly that.
+`reverse` moves letters by position, `sort` by content, `shift` maps each letter. A row is `(prompt, answer)`; an answer
+is right when the model prefers every byte of it, and its end, to all others, which is what greedy decoding needs to
+write exactly that.
 """
 
 from __future__ import annotations
@@ -52,15 +52,7 @@ def shift() -> list[Pair]:
     return [(f"{w}+", "".join(chr(ord(c) + 1) for c in w)) for w in words("abcdefghijklmnop", 4, 8000)]
 
 
-def rename() -> list[Pair]:
-    rows = []
-    for file in ("train.jsonl", "test.jsonl"):
-        lines = (ROOT / "quickstart" / "data" / file).read_text(encoding="utf-8").splitlines()
-        rows += [(row["prompt"], row["completion"]) for row in map(json.loads, lines)]
-    return [row for row in rows if len(row[0]) + len(row[1]) <= 40]
-
-
-SKILLS = {"reverse": reverse, "sort": sort, "shift": shift, "rename": rename}
+SKILLS = {"reverse": reverse, "sort": sort, "shift": shift}
 
 
 class Skill:

@@ -16,7 +16,6 @@ TASKS: dict[str, Callable[[], Task]] = {
     "reverse": lambda: Skill("reverse", 80),
     "sort": lambda: Skill("sort", 50),
     "shift": lambda: Skill("shift", 80),
-    "rename": lambda: Skill("rename", 100, batch=16),
     "docstrings": lambda: Docstrings(100),
     "reverse-long": lambda: Skill("reverse-long", 320, skill="reverse"),
     "shift-long": lambda: Skill("shift-long", 320, skill="shift"),
@@ -86,8 +85,8 @@ def core(tasks: tuple[str, ...], budgets: tuple[float, ...]) -> Iterator[Cell]:
 
 
 def rivals() -> Iterator[Cell]:
-    """What SMT's own scores and shapes express, on every skill; the rest of PEFT on the one where LoRA does best."""
-    for name in ("lift", "magnitude", "columns", "rows", "activation", "released"):
+    """The rest of PEFT on the skill where LoRA does best; the best two of it, and what SMT's scores express, on all."""
+    for name in ("lift", "magnitude", "columns", "rows", "activation", "released", "oft", "hra"):
         yield from (cell(task, name, 2) for task in SKILLS)
     yield from (cell("sort", name, 2) for name in RIVALS)
 
@@ -180,7 +179,6 @@ STUDIES: dict[str, Callable[[], Iterator[Cell]]] = {
     "rivals": rivals,
     "encoder-blocks": encoder_blocks,
     "longer": longer,
-    "rename": lambda: core(("rename",), (2,)),
 }
 
 

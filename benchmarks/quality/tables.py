@@ -41,7 +41,7 @@ TITLES = {
     "ia3": "IA3",
 }
 CORE = ("full", "smt", "random", "diagonal", "lora", "dora", "shira")
-FAMILY = ("lift", "magnitude", "columns", "rows", "activation", "released")
+FAMILY = ("lift", "magnitude", "columns", "rows", "activation", "released", "oft", "hra")
 Row = tuple[str, list[Outcome | None]]
 
 
@@ -223,7 +223,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-encoder-2": partial(core, ("docstrings",), 2),
     "quality-encoder-8": partial(core, ("docstrings",), 8),
     "quality-longer": partial(core, LONG, 2, ("smt", "lora")),
-    "quality-rename": partial(core, ("rename",), 2),
     "quality-family": partial(core, SKILLS, 2, (*CORE, *FAMILY)),
     "quality-rivals": partial(core, ("sort",), 2, (*CORE, *(name for name in RIVALS if name not in CORE))),
     "quality-budgets": budgets,

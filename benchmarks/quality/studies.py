@@ -85,8 +85,8 @@ def core(tasks: tuple[str, ...], budgets: tuple[float, ...]) -> Iterator[Cell]:
 
 
 def rivals() -> Iterator[Cell]:
-    """The rest of PEFT on the skill where LoRA does best; the best two of it, and what SMT's scores express, on all."""
-    for name in ("lift", "magnitude", "columns", "rows", "activation", "released", "oft", "hra"):
+    """The rest of PEFT on the skill where LoRA does best; the best four of it, and what SMT's scores express, on all."""
+    for name in ("lift", "magnitude", "columns", "rows", "activation", "released", "oft", "waveft", "hira", "hra"):
         yield from (cell(task, name, 2) for task in SKILLS)
     yield from (cell("sort", name, 2) for name in RIVALS)
 

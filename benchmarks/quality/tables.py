@@ -41,7 +41,7 @@ TITLES = {
     "ia3": "IA3",
 }
 CORE = ("full", "smt", "random", "diagonal", "lora", "dora", "shira")
-FAMILY = ("lift", "magnitude", "columns", "rows", "activation", "released", "oft", "hra")
+FAMILY = ("lift", "magnitude", "columns", "rows", "activation", "released", "oft", "waveft", "hira", "hra")
 Row = tuple[str, list[Outcome | None]]
 
 

@@ -85,7 +85,7 @@ def core(tasks: tuple[str, ...], budgets: tuple[float, ...]) -> Iterator[Cell]:
 
 
 def rivals() -> Iterator[Cell]:
-    """The rest of PEFT on the skill where LoRA does best; the best four of it, and what SMT's scores express, on all."""
+    """The rest of PEFT on the skill where LoRA does best; its best four, and what SMT expresses of others, on all."""
     for name in ("lift", "magnitude", "columns", "rows", "activation", "released", "oft", "waveft", "hira", "hra"):
         yield from (cell(task, name, 2) for task in SKILLS)
     yield from (cell("sort", name, 2) for name in RIVALS)

@@ -47,19 +47,22 @@ def tokenising_trainer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTo
         data: from `load_data`.
 
     Raises:
-        ConfigError: no row keeps a token to learn from.
+        ConfigError: TRL refuses the rows, or no row keeps a token to learn from.
     """
     args = copy.copy(run.trainer)
     if model.device.type == "meta":
         args.__class__ = _Weightless
     with passes_as_adapted(model):
-        trainer = SFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=data.train,
-            eval_dataset=data.evaluation,
-            processing_class=tokenizer,
-        )
+        try:
+            trainer = SFTTrainer(
+                model=model,
+                args=args,
+                train_dataset=data.train,
+                eval_dataset=data.evaluation,
+                processing_class=tokenizer,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"the rows cannot be turned into tokens as the settings say: {error}") from error
     if len(trainer.train_dataset) == 0:
         raise ConfigError(
             f"max_length: no row keeps a token to learn from within {run.trainer.max_length} tokens; raise max_length"

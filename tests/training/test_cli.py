@@ -14,6 +14,50 @@ from smt_peft import cli
 from smt_peft.training.errors import ConfigError
 
 
+# A new verb is a promise, as a new key is: tests/training/test_schema.py lists those.
+VERBS = {"train", "select", "schema", "merge", "bench", "env"}
+
+
+def test_the_verbs_are_these():
+    (verbs,) = (action.choices for action in cli._parser()._actions if action.dest != "help")
+    assert verbs.keys() == VERBS
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["RUN", "max_steps=3", "seed=1"],
+        ["--config", "RUN", "max_steps=3", "seed=1"],
+        ["max_steps=3", "--config", "RUN", "seed=1"],
+        ["RUN", "max_steps=3", "--dry-run", "seed=1"],
+        ["--dry-run", "RUN", "max_steps=3", "--traceback", "seed=1"],
+    ],
+)
+def test_settings_may_stand_anywhere_among_the_options(workshop, monkeypatch, words):
+    path = str(workshop.write("anywhere"))
+    runs = []
+    for module, name in (("run", "train"), ("dry_run", "dry_run")):
+        monkeypatch.setattr(f"smt_peft.training.{module}.{name}", runs.append)
+    assert cli.main(["train", *(path if word == "RUN" else word for word in words)]) == 0
+    assert (runs[0].trainer.max_steps, runs[0].trainer.seed) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "smt train needs a run: smt train RUN.yaml [key=value ...]"),
+        (["train", "run.yaml", "--learning_rate", "1e-4"], "is given without dashes: learning_rate=VALUE"),
+        (["select", "run.yaml", "--dry-run"], "unrecognized argument --dry-run"),
+        (["merge", "a", "b", "c"], "unrecognized argument c"),
+    ],
+)
+def test_what_the_command_line_does_not_take(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_help_loads_no_torch_and_names_the_verbs():
     """Loaded as a file: `import smt_peft` itself needs torch."""
     code = (
@@ -26,7 +70,7 @@ def test_help_loads_no_torch_and_names_the_verbs():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(verb in done.stdout for verb in ("train", "select", "merge"))
+    assert all(verb in done.stdout for verb in VERBS)
 
 
 def test_an_error_in_the_yaml_ends_with_status_2_and_no_traceback(workshop):

@@ -1,4 +1,4 @@
-"""The JSON schema of a run: it knows every key, takes what `smt train` takes and refuses what one key shows to be wrong."""
+"""The JSON schema of a run: it knows every key, takes what `smt train` takes, and refuses what it would refuse."""
 
 from __future__ import annotations
 

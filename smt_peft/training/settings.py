@@ -11,7 +11,7 @@ import yaml
 from .keys import known_keys
 from .schema import Run
 
-# Of the trainer's 130 keys, those whose defaults decide what a run learns and what it costs.
+# Of the trainer's keys, those whose defaults decide what a run learns and what it costs.
 _TELLING = (
     "max_length",
     "packing",
@@ -46,9 +46,8 @@ def render_settings(run: Run) -> str:
 
 def _block(run: Run) -> dict[str, Any]:
     given = run.resolved["smt"]
-    names = [
-        field.name for field in fields(run.smt) if f"smt.{field.name}" in known_keys() and field.name != "selection"
-    ]
+    known = known_keys()
+    names = [field.name for field in fields(run.smt) if f"smt.{field.name}" in known and field.name != "selection"]
     # Of the two sizes of a budget, the one that holds.
     left_out = "density" if given.get("num_blocks") is not None else "num_blocks"
     defaults = {name: getattr(run.smt, name) for name in names if name not in given and name != left_out}

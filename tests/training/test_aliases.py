@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from runs import write_jsonl
+from runs import ROOT, write_jsonl
 from test_schema import errors_of
 
 from smt_peft.training.aliases import ALIASES, REFUSED
@@ -16,6 +16,11 @@ def test_an_alias_is_no_key_and_stands_for_one():
     assert not known.keys() & (ALIASES.keys() | REFUSED.keys())
     assert not ALIASES.keys() & REFUSED.keys()
     assert {alias.key for alias in ALIASES.values()} <= known.keys()
+
+
+def test_every_alias_is_documented():
+    told = (ROOT / "docs" / "yaml.md").read_text()
+    assert not [name for name in ALIASES if f"`{name}" not in told and name != "calculate_strategy"]
 
 
 def test_a_yaml_in_the_words_of_another_trainer(workshop, capsys):

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from smt_peft import cli
 from smt_peft.training.errors import ConfigError
 
-
 # A new verb is a promise, as a new key is: tests/training/test_schema.py lists those.
 VERBS = {"train", "select", "schema", "merge", "bench", "env"}
 
@@ -58,19 +57,28 @@ def test_what_the_command_line_does_not_take(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_help_loads_no_torch_and_names_the_verbs():
-    """Loaded as a file: `import smt_peft` itself needs torch."""
+def through_the_command(*words: str, after: str) -> subprocess.CompletedProcess:
+    """What an installed `smt` runs, in a process of its own, and then a line of Python."""
     code = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('cli', {str(ROOT / 'smt_peft' / 'cli.py')!r})\n"
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
-        "try: module.main(['--help'])\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
-        "assert 'torch' not in sys.modules"
+        f"import sys, smt_main\ntry: status = smt_main.main()\nexcept SystemExit as stop: status = stop.code\n{after}"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train"]])
+def test_help_imports_nothing_heavy(words):
+    heavy = "{'torch', 'transformers', 'peft', 'trl', 'pydantic', 'smt_peft'}"
+    done = through_the_command(*words, after=f"assert not {heavy} & sys.modules.keys()")
     assert done.returncode == 0, done.stderr
-    assert all(verb in done.stdout for verb in VERBS)
+    if words == ["--help"]:
+        assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_the_command_runs_the_verbs_of_the_package():
+    done = through_the_command("select", "nowhere.yaml", after="import smt_peft.cli as c; sys.exit(status + 10)")
+    assert done.returncode == 12, done.stderr
+    assert "smt select: there is no YAML file at nowhere.yaml" in done.stderr
 
 
 def test_an_error_in_the_yaml_ends_with_status_2_and_no_traceback(workshop):

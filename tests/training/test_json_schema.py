@@ -11,7 +11,7 @@ from runs import ROOT
 from smt_peft import cli
 from smt_peft.training.aliases import ALIASES, REFUSED
 from smt_peft.training.json_schema import documented, json_schema
-from smt_peft.training.keys import RunConfig, known_keys
+from smt_peft.training.keys import RunConfig, Warmup, known_keys
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -59,7 +59,8 @@ def test_keys_are_described_with_their_defaults(schema):
     assert all(entry["description"] for entry in (*flat.values(), *block.values()))
     assert flat["load_in_8bit"]["description"] == "the same to 8 bits."
     assert block["layers_to_transform"]["description"] == "indices of the layers to tune."
-    assert (flat["verify"]["default"], block["seed"]["default"], block["warmup_batches"]["default"]) == (True, 0, 64)
+    assert (flat["verify"]["default"], block["seed"]["default"]) == (True, 0)
+    assert block["warmup_batches"]["default"] == Warmup().warmup_batches
     assert flat["load_in_4bit"]["default"] is False
 
 

@@ -17,7 +17,7 @@ _DIM, _NORMAL = "\x1b[2m", "\x1b[22m"
 
 def render_sample(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase) -> str:
     """The first row that `trainer` would train on, decoded, and a line that says how much of it is learned."""
-    row = trainer.train_dataset[0]
+    row = next(iter(trainer.train_dataset))
     length = len(row["input_ids"])
     batch = trainer.data_collator([row])
     ids, labels = (batch[name][0, :length].tolist() for name in ("input_ids", "labels"))

@@ -10,7 +10,7 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars, load_
 from datasets.exceptions import DatasetGenerationError
 
 from .errors import ConfigError
-from .schema import RunConfig
+from .keys import RunConfig
 from .tell import tell
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -31,10 +31,12 @@ from .compare import lora_config
 from .data import Data, load_data
 from .errors import ConfigError
 from .evaluate import exact_match
+from .keys import AUTO
 from .launched import all_or_none, forget_engine, unprepare, wait_for_everyone, whole_or_gathering
-from .model import load_base, load_tokenizer, passes_as_adapted
-from .schema import AUTO, Run
+from .model import load_base, load_tokenizer
+from .schema import Run
 from .tell import tell
+from .tokens import check_rows, tokenising_trainer
 from .verify import verify_saved
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -135,24 +137,9 @@ def prepare(run: Run) -> Prepared:
     set_seed(run.trainer.seed)
     tokenizer = load_tokenizer(run.config.model_name_or_path)
     data = load_data(run.config, run.trainer.dataset_text_field)
+    check_rows(run, tokenizer, data.train)
     model = load_base(run.config, run.trainer.device)
-    if "messages" in data.train.column_names and tokenizer.chat_template is None and not run.trainer.chat_template_path:
-        raise ConfigError(
-            "dataset_path holds messages, but the tokenizer has no chat template; name one in chat_template_path"
-        )
-    with passes_as_adapted(model):
-        trainer = SFTTrainer(
-            model=model,
-            args=copy.copy(run.trainer),
-            train_dataset=data.train,
-            eval_dataset=data.evaluation,
-            processing_class=tokenizer,
-        )
-    if len(trainer.train_dataset) == 0:
-        raise ConfigError(
-            f"max_length: no row keeps a token to learn from within {run.trainer.max_length} tokens; raise max_length"
-        )
-    return Prepared(model, tokenizer, data, trainer)
+    return Prepared(model, tokenizer, data, tokenising_trainer(run, model, tokenizer, data))
 
 
 def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:

@@ -21,10 +21,10 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from ..config import SMTConfig
+from .data.source import file_errors, mixture_errors
 from .source import Errors, read_yaml
 
 AUTO = "auto"
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 # Fields of SMTConfig that a file of PEFT holds, or that a run fills in itself.
 _INTERNAL = {
     "peft_type",
@@ -82,9 +82,17 @@ class RunConfig:
         bnb_4bit_use_double_quant: keep the scales of 4-bit weights in 8 bits.
         dataset_path: one or more local files: jsonl, json, csv or parquet.
         dataset_name: a data set on the Hub, instead of `dataset_path`.
+        dataset_config: its configuration, where it has several.
         dataset_train_split: the split of `dataset_name` to train on.
         dataset_test_split: the split of `dataset_name` to evaluate on.
         eval_dataset_path: local files to evaluate on.
+        dataset_mixture: several sources to train on, instead of either: each with `path` (local files) or `name` (with
+            `config` and `split`), with its `format`, and with a `weight` to draw by, or without to take all rows.
+        dataset_mixture_stopping_strategy: where the draw ends: as soon as one source has run out, so that no row comes
+            twice; or when all have, smaller ones over and over.
+        dataset_format: the form of the rows; `"auto"`: by their columns.
+        dataset_streaming: read the training rows as they are needed, in their order; takes `max_steps`.
+        on_broken_row: stop at the first row that cannot be used, or skip all of them and say how many.
         eval_exact_match: complete the prompts of the evaluation set greedily, before and after training, and count
             the completions that equal the expected one, surrounding blanks aside.
         generation_max_new_tokens: length limit of such a completion.
@@ -102,9 +110,15 @@ class RunConfig:
     bnb_4bit_use_double_quant: bool = False
     dataset_path: str | list[str] | None = None
     dataset_name: str | None = None
+    dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str | None = None
     eval_dataset_path: str | list[str] | None = None
+    dataset_mixture: list[dict[str, Any]] | None = None
+    dataset_mixture_stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    dataset_format: Literal["auto", "tokenised", "messages", "sharegpt", "prompt/completion", "alpaca", "text"] = AUTO
+    dataset_streaming: bool = False
+    on_broken_row: Literal["stop", "skip"] = "stop"
     eval_exact_match: bool = False
     generation_max_new_tokens: int = 64
     generation_batch_size: int = 64
@@ -253,10 +267,19 @@ def _check_presence(flat: Mapping[str, Any], errors: Errors) -> None:
     for key, repair in repairs.items():
         if flat.get(key) is None and not errors.about(key):
             errors.add(key, f"{key} is missing; {repair}")
-    sources = [key for key in ("dataset_path", "dataset_name") if flat.get(key) is not None]
-    if len(sources) != 1 and not errors.about("dataset_path"):
-        found = "both are set" if sources else "neither is set"
-        errors.add("dataset_path", f"exactly one of dataset_path and dataset_name is needed, {found}")
+    given = ("dataset_path", "dataset_name", "dataset_mixture")
+    sources = [key for key in given if flat.get(key) is not None]
+    # A Hub data set may be there for its test split only.
+    if (
+        len(sources) != 1
+        and not any(map(errors.about, given))
+        and not (sources == ["dataset_name", "dataset_mixture"] and flat.get("dataset_test_split"))
+    ):
+        found = f"{' and '.join(sources)} are set" if sources else "none is set"
+        errors.add("dataset_path", f"exactly one of {', '.join(given[:2])} and {given[2]} is needed, {found}")
+    steps = flat.get("max_steps")
+    if flat.get("dataset_streaming") is True and not (isinstance(steps, int) and steps > 0):
+        errors.add("dataset_streaming", "dataset_streaming needs max_steps: a stream does not say how long an epoch is")
     has_eval = flat.get("eval_dataset_path") is not None or flat.get("dataset_test_split") is not None
     if flat.get("eval_exact_match") is True and not has_eval:
         errors.add("eval_exact_match", "eval_exact_match needs an evaluation set; name one in eval_dataset_path")
@@ -279,12 +302,11 @@ def _check_quantisation(good: Mapping[str, Any], errors: Errors) -> None:
 
 def _check_files(good: Mapping[str, Any], errors: Errors) -> None:
     for key in ("dataset_path", "eval_dataset_path"):
-        paths = good.get(key) or []
-        for path in [paths] if isinstance(paths, str) else paths:
-            if not Path(path).is_file():
-                errors.add(key, f"{key}: there is no file {path}; paths start at the current directory")
-            elif Path(path).suffix not in DATA_SUFFIXES:
-                errors.add(key, f"{key}: {path} is none of {', '.join(DATA_SUFFIXES)}; convert it, e.g. to jsonl")
+        for fault in file_errors(good.get(key)):
+            errors.add(key, f"{key}: {fault}")
+    if good.get("dataset_mixture") is not None:
+        for fault in mixture_errors(good["dataset_mixture"]):
+            errors.add("dataset_mixture", fault)
     model = good.get("model_name_or_path")
     if model is not None:
         directory = Path(model).expanduser()

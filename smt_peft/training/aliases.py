@@ -102,7 +102,11 @@ _PRECISION = Alias(
     _of(_PRECISIONS, "for mixed precision write bf16: true (or fp16: true) and dtype: float32; for bf16 weights dtype"),
 )
 _INVERTED = Alias("completion_only_loss", bool, lambda value: not value)
-_DATASETS = {"hint": list[dict[str, Any]], "convert": _local_files, "note": "the columns say what a row is, not `type`"}
+_DATASETS = {
+    "hint": list[dict[str, Any]],
+    "convert": _local_files,
+    "note": "the columns say what a row is, and no wording is put around them",
+}
 _CALCULATION = Alias(
     "smt.score",
     str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
@@ -24,7 +25,7 @@ def tokenising_trainer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTo
 
     Args:
         run: whose settings say how.
-        model: the base; on the meta device, it stays there.
+        model: the base; on the meta device, it stays there, and nothing is written or sent.
         tokenizer: may be given a chat template by the settings.
         data: from `load_data`.
 
@@ -34,6 +35,8 @@ def tokenising_trainer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTo
     args = copy.copy(run.trainer)
     if model.device.type == "meta":
         args.__class__ = _Weightless
+        # A trainer makes its directory, and a repository on the Hub, as soon as it is built.
+        args.output_dir, args.push_to_hub, args.report_to = os.curdir, False, []
     with passes_as_adapted(model):
         try:
             trainer = SFTTrainer(

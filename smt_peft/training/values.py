@@ -36,9 +36,10 @@ def faults(key: str, value: Any, hint: Any) -> list[tuple[str, str]]:
         adapter(hint).validate_python(value, strict=True)
         return []
     except ValidationError as error:
-        paths = dict.fromkeys(_steps(value, detail["loc"]) for detail in error.errors(include_context=False))
-    depth = max(map(len, paths))
-    return [_fault(key, value, hint, path) for path in paths if len(path) == depth]
+        places = [detail["loc"] for detail in error.errors(include_context=False)]
+    paths = dict.fromkeys((_steps(value, place), place[-1:] == ("[key]",)) for place in places)
+    depth = max(len(steps) for steps, _ in paths)
+    return [_fault(key, value, hint, steps, is_name) for steps, is_name in paths if len(steps) == depth]
 
 
 def describe(hint: Any) -> str:
@@ -62,9 +63,12 @@ def _steps(value: Any, place: tuple[str | int, ...]) -> tuple[str | int, ...]:
     return tuple(steps)
 
 
-def _fault(key: str, value: Any, hint: Any, steps: tuple[str | int, ...]) -> tuple[str, str]:
+def _fault(key: str, value: Any, hint: Any, steps: tuple[str | int, ...], is_name: bool) -> tuple[str, str]:
+    """The fault of what lies at the end of the steps, or of the name that it has in its map."""
     for step in steps:
         hint, value, key = _inside(hint, value), value[step], f"{key}.{step}"
+    if is_name:
+        return key, f"{key}: the name {steps[-1]!r} must be text; put it in quotes"
     return key, f"{key} must be {describe(hint)}, got {value!r} ({describe(type(value))})"
 
 

@@ -195,6 +195,8 @@ def test_a_wrong_value_inside_another_is_laid_to_its_own_line(workshop):
     ]
     lines = errors_of(path)
     assert lines == [f"{path}, line {first + offset}: {message}" for offset, message in expected]
+    (line,) = errors_of(workshop.write("names", optim="adamw_torch", gradient_checkpointing_kwargs={1: True}))
+    assert "gradient_checkpointing_kwargs.1: the name 1 must be text; put it in quotes" in line
     assert any("command line: smt.block_size.1" in line for line in errors_of(path, "smt.block_size=[8, far]"))
 
 

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .keys import AUTO, DATA_SUFFIXES, SMT_OPTIMIZERS, TRAINER_OPTIMIZERS
+from .data.source import file_errors, mixture_errors
+from .keys import AUTO, SMT_OPTIMIZERS, TRAINER_OPTIMIZERS
 from .source import Errors
 
 
@@ -20,10 +21,19 @@ def check_presence(flat: Mapping[str, Any], errors: Errors) -> None:
     for key, repair in repairs.items():
         if flat.get(key) is None and not errors.about(key):
             errors.add(key, f"{key} is missing; {repair}")
-    sources = [key for key in ("dataset_path", "dataset_name") if flat.get(key) is not None]
-    if len(sources) != 1 and not errors.about("dataset_path"):
-        found = "both are set" if sources else "neither is set"
-        errors.add("dataset_path", f"exactly one of dataset_path and dataset_name is needed, {found}")
+    given = ("dataset_path", "dataset_name", "dataset_mixture")
+    sources = [key for key in given if flat.get(key) is not None]
+    # A Hub data set may be there for its test split only.
+    if (
+        len(sources) != 1
+        and not any(map(errors.about, given))
+        and not (sources == ["dataset_name", "dataset_mixture"] and flat.get("dataset_test_split"))
+    ):
+        found = f"{' and '.join(sources)} are set" if sources else "none is set"
+        errors.add("dataset_path", f"exactly one of {', '.join(given[:2])} and {given[2]} is needed, {found}")
+    steps = flat.get("max_steps")
+    if flat.get("dataset_streaming") is True and not (isinstance(steps, int) and steps > 0):
+        errors.add("dataset_streaming", "dataset_streaming needs max_steps: a stream does not say how long an epoch is")
     has_eval = flat.get("eval_dataset_path") is not None or flat.get("dataset_test_split") is not None
     if flat.get("eval_exact_match") is True and not has_eval:
         errors.add("eval_exact_match", "eval_exact_match needs an evaluation set; name one in eval_dataset_path")
@@ -46,13 +56,11 @@ def check_quantisation(good: Mapping[str, Any], errors: Errors) -> None:
 
 def check_files(good: Mapping[str, Any], errors: Errors) -> None:
     for key in ("dataset_path", "eval_dataset_path"):
-        paths = good.get(key) or []
-        for number, path in enumerate([paths] if isinstance(paths, str) else paths):
-            place = key if isinstance(paths, str) else f"{key}.{number}"
-            if not Path(path).is_file():
-                errors.add(place, f"{key}: there is no file {path}; paths start at the current directory")
-            elif Path(path).suffix not in DATA_SUFFIXES:
-                errors.add(place, f"{key}: {path} is none of {', '.join(DATA_SUFFIXES)}; convert it, e.g. to jsonl")
+        for fault in file_errors(good.get(key)):
+            errors.add(key, f"{key}: {fault}")
+    if good.get("dataset_mixture") is not None:
+        for fault in mixture_errors(good["dataset_mixture"]):
+            errors.add("dataset_mixture", fault)
     model = good.get("model_name_or_path")
     if model is not None:
         directory = Path(model).expanduser()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from datasets import IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 from trl import SFTTrainer
@@ -13,14 +14,14 @@ from ..bases.targets import find_targets
 from ..selection.budget import make_scopes
 from ..selection.experts import matrices
 from . import outputs
-from .data import Data, load_data
+from .data.load import Data, load_data
 from .errors import ConfigError
 from .model import load_tokenizer, weightless
 from .sample import render_sample
 from .schema import Run
 from .settings import render_settings
 from .tell import tell
-from .tokens import check_rows, tokenising_trainer
+from .tokens import tokenising_trainer
 
 FIRST_ROWS = 64
 
@@ -35,8 +36,7 @@ def dry_run(run: Run) -> None:
     outputs.check_output_dir(run)
     tell(render_settings(run))
     tokenizer = load_tokenizer(run.config.model_name_or_path)
-    data = load_data(run.config, run.trainer.dataset_text_field)
-    check_rows(run, tokenizer, data.train)
+    data = load_data(run.config, run.trainer, tokenizer)
     model = weightless(run.config)
     tell(_targets(run, model))
     tell(render_sample(_tokenised(run, model, tokenizer, data), tokenizer))
@@ -44,7 +44,8 @@ def dry_run(run: Run) -> None:
 
 def _tokenised(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data) -> SFTTrainer:
     """The first rows alone, if they hold one to learn from: all would take as long as in a training."""
-    few = replace(data, train=data.train.select(range(min(FIRST_ROWS, len(data.train)))), evaluation=None)
+    rows = FIRST_ROWS if isinstance(data.train, IterableDataset) else min(FIRST_ROWS, len(data.train))
+    few = replace(data, train=data.train.take(rows), evaluation=None)
     try:
         return tokenising_trainer(run, model, tokenizer, few)
     except ConfigError:

@@ -20,7 +20,7 @@ from .values import adapter
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 # `${run_name}` may stand for a value of any type.
 _INTERPOLATION = {"type": "string", "pattern": r"^\$\{"}
-_REQUIRED = (("model_name_or_path",), ("output_dir",), ("dataset_path", "dataset_name"))
+_REQUIRED = (("model_name_or_path",), ("output_dir",), ("dataset_path", "dataset_name", "dataset_mixture"))
 
 
 def json_schema() -> dict[str, Any]:

@@ -13,7 +13,6 @@ from ..selection.warmup import WARMUP_BATCHES
 from .aliases import ALIASES
 
 AUTO = "auto"
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TRAINER_OPTIMIZERS = tuple(name.value for name in OptimizerNames)
 # What `optim` may be besides the trainer's own: `SMTAdamW`, by the `state_dtype` of its moments.
 SMT_OPTIMIZERS = {"smt_adamw": "float32", "smt_adamw_bf16": "bfloat16", "smt_adamw_8bit": "8bit"}
@@ -57,9 +56,17 @@ class RunConfig:
         bnb_4bit_use_double_quant: keep the scales of 4-bit weights in 8 bits.
         dataset_path: one or more local files: jsonl, json, csv or parquet.
         dataset_name: a data set on the Hub, instead of `dataset_path`.
+        dataset_config: its configuration, where it has several.
         dataset_train_split: the split of `dataset_name` to train on.
         dataset_test_split: the split of `dataset_name` to evaluate on.
         eval_dataset_path: local files to evaluate on.
+        dataset_mixture: several sources to train on, instead of either: each with `path` (local files) or `name` (with
+            `config` and `split`), with its `format`, and with a `weight` to draw by, or without to take all rows.
+        dataset_mixture_stopping_strategy: where the draw ends: as soon as one source has run out, so that no row comes
+            twice; or when all have, smaller ones over and over.
+        dataset_format: the form of the rows; `"auto"`: by their columns.
+        dataset_streaming: read the training rows as they are needed, in their order; takes `max_steps`.
+        on_broken_row: stop at the first row that cannot be used, or skip all of them and say how many.
         eval_exact_match: complete the prompts of the evaluation set greedily, before and after training, and count
             the completions that equal the expected one, surrounding blanks aside.
         generation_max_new_tokens: length limit of such a completion.
@@ -77,9 +84,15 @@ class RunConfig:
     bnb_4bit_use_double_quant: bool = False
     dataset_path: str | list[str] | None = None
     dataset_name: str | None = None
+    dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str | None = None
     eval_dataset_path: str | list[str] | None = None
+    dataset_mixture: list[dict[str, Any]] | None = None
+    dataset_mixture_stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    dataset_format: Literal["auto", "tokenised", "messages", "sharegpt", "prompt/completion", "alpaca", "text"] = AUTO
+    dataset_streaming: bool = False
+    on_broken_row: Literal["stop", "skip"] = "stop"
     eval_exact_match: bool = False
     generation_max_new_tokens: int = 64
     generation_batch_size: int = 64

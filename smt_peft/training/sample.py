@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-IGNORED = -100
+from .preview import IGNORED, preview
+
 MAX_TOKENS = 1024
 _DIM, _NORMAL = "\x1b[2m", "\x1b[22m"
 
@@ -34,11 +34,8 @@ def render_sample(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase) -> st
 def marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int], colour: bool) -> str:
     """Tokens as text, those with the label -100 dimmed, or inside `[-  -]`."""
     before, after = (_DIM, _NORMAL) if colour else ("[-", "-]")
-    parts = []
-    for ignored, run in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] == IGNORED):
-        text = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
-        parts.append(f"{before}{text}{after}" if ignored else text)
-    return "".join(parts)
+    pieces = preview({"input_ids": ids, "labels": labels}, tokenizer)
+    return "".join(text if learned else f"{before}{text}{after}" for text, learned in pieces)
 
 
 def has_colour() -> bool:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import os
 
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from .data import Data
+from .data.load import Data
 from .errors import ConfigError
 from .model import passes_as_adapted
 from .schema import Run
@@ -19,23 +18,6 @@ class _Weightless(SFTConfig):
     """Settings of a trainer that leaves a model where it is, on the meta device too."""
 
     place_model_on_device = False
-
-
-def check_rows(run: Run, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
-    """Refuse rows that the settings do not fit.
-
-    Raises:
-        ConfigError: names the key and the repair.
-    """
-    columns = set(rows.column_names)
-    if "messages" in columns and tokenizer.chat_template is None and not run.trainer.chat_template_path:
-        raise ConfigError(
-            "dataset_path holds messages, but the tokenizer has no chat template; name one in chat_template_path"
-        )
-    if run.trainer.completion_only_loss and not columns & {"completion", "labels"}:
-        # TRL would train on every token and say nothing.
-        repair = "write assistant_only_loss: true" if "messages" in columns else "leave it out"
-        raise ConfigError(f"completion_only_loss needs rows of prompt and completion, not {sorted(columns)}; {repair}")
 
 
 def tokenising_trainer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data) -> SFTTrainer:
@@ -66,7 +48,7 @@ def tokenising_trainer(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTo
             )
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"the rows cannot be turned into tokens as the settings say: {error}") from error
-    if len(trainer.train_dataset) == 0:
+    if next(iter(trainer.train_dataset), None) is None:
         raise ConfigError(
             f"max_length: no row keeps a token to learn from within {run.trainer.max_length} tokens; raise max_length"
         )

@@ -18,15 +18,15 @@ CONFIGS = ROOT / "configs"
 MESSAGES = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Good day."}]
 ROWS = {
     "messages": {"messages": MESSAGES},
-    "instruction/output": {"instruction": "1 + 1?", "input": "", "output": "2"},
+    "alpaca": {"instruction": "1 + 1?", "input": "", "output": "2"},
 }
 # The form of its rows, the chat template of its model, and what a tiny model cannot take from it.
 SHIPPED = {
     "llama3_8b_instruct": ("messages", "llama3", ["dataset_test_split=null"]),
-    "llama3_8b_math": ("instruction/output", None, []),
-    "llama2_7b_commonsense_paper": ("instruction/output", None, ["smt.num_blocks=3"]),
-    "llama3_8b_4bit_24gb": ("instruction/output", None, []),
-    "llama3_8b_fsdp2_8gpu": ("instruction/output", None, []),
+    "llama3_8b_math": ("alpaca", None, []),
+    "llama2_7b_commonsense_paper": ("alpaca", None, ["smt.num_blocks=3"]),
+    "llama3_8b_4bit_24gb": ("alpaca", None, []),
+    "llama3_8b_fsdp2_8gpu": ("alpaca", None, []),
     "qwen3_30b_a3b_experts": ("messages", "qwen3", []),
 }
 
@@ -64,7 +64,7 @@ def test_a_shipped_file_passes_a_dry_run(name, tmp_path, monkeypatch, capsys):
     assert status == 0, told.err
     assert f"{form}, 4 rows" in told.out
     assert "is read as" not in told.out
-    learned = {"messages": "Good day.", "instruction/output": "2<eos>"}[form]
+    learned = {"messages": "Good day.", "alpaca": "2<eos>"}[form]
     sample = told.out[told.out.index("one sample") :].replace("\x1b[22m", "-]")
     assert learned in sample.rpartition("-]")[0] + sample.rpartition("-]")[2]
     if "experts" in name:

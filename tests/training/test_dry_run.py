@@ -109,4 +109,4 @@ def test_completions_are_not_looked_for_where_there_are_none(workshop, capsys):
     data = write_jsonl(workshop.directory / "texts.jsonl", [{"text": "abc"}] * 8)
     path = workshop.write("texts", dataset_path=str(data), eval_dataset_path=None, train_on_inputs=False)
     assert cli.main(["train", "--dry-run", str(path)]) == 2
-    assert "completion_only_loss needs rows of prompt and completion" in capsys.readouterr().err
+    assert "completion_only_loss: the training set holds plain text" in capsys.readouterr().err

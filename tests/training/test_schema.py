@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+from typing import get_args
 
 import pytest
 
+from smt_peft.training.data.forms import FORMS
 from smt_peft.training.errors import ConfigError
 from smt_peft.training.keys import RunConfig, known_keys
 from smt_peft.training.schema import load_run
@@ -28,9 +30,15 @@ def test_our_own_keys_are_these():
         "bnb_4bit_use_double_quant",
         "dataset_path",
         "dataset_name",
+        "dataset_config",
         "dataset_train_split",
         "dataset_test_split",
         "eval_dataset_path",
+        "dataset_mixture",
+        "dataset_mixture_stopping_strategy",
+        "dataset_format",
+        "dataset_streaming",
+        "on_broken_row",
         "eval_exact_match",
         "generation_max_new_tokens",
         "generation_batch_size",
@@ -81,6 +89,10 @@ def test_values_reach_the_configs(workshop):
     assert run.resolved["smt"]["density"] == 0.02
 
 
+def test_the_forms_of_the_schema_are_those_that_are_read():
+    assert get_args(known_keys()["dataset_format"]) == ("auto", *FORMS)
+
+
 def test_interpolation_and_yaml_floats(workshop):
     path = workshop.write("interpolated", run_name="r", output_dir=str(workshop.directory) + "/${run_name}")
     path.write_text(path.read_text() + "weight_decay: 1e-3\n")
@@ -126,8 +138,24 @@ def test_all_errors_come_at_once_with_line_and_hint(workshop):
         ({"model_name_or_path": None}, "", "model_name_or_path is missing"),
         ({"model_name_or_path": "./no/such"}, "line 1", "the directory ./no/such does not exist"),
         ({"dataset_path": "no.jsonl"}, "line 2", "dataset_path: there is no file no.jsonl"),
-        ({"dataset_path": None}, "", "exactly one of dataset_path and dataset_name"),
-        ({"dataset_name": "org/set"}, "", "exactly one of dataset_path and dataset_name"),
+        ({"dataset_path": None}, "", "exactly one of dataset_path, dataset_name and dataset_mixture is needed, none"),
+        ({"dataset_name": "org/set"}, "", "needed, dataset_path and dataset_name are set"),
+        (
+            {"dataset_mixture": [{"path": "pyproject.toml"}], "dataset_path": None},
+            "line",
+            "source 1: pyproject.toml is",
+        ),
+        ({"dataset_mixture": [{"name": "a", "wait": 1}], "dataset_path": None}, "line", "did you mean 'weight'?"),
+        ({"dataset_mixture": [{"weight": 1}], "dataset_path": None}, "line", "exactly one of path (local files) and"),
+        ({"dataset_mixture": [{"name": "a", "weight": 0}], "dataset_path": None}, "line", "a number above 0, got 0"),
+        (
+            {"dataset_mixture": [{"name": "a", "weight": 1}, {"name": "b"}], "dataset_path": None},
+            "line",
+            "source 2 has no weight, others have",
+        ),
+        ({"dataset_mixture": [], "dataset_path": None}, "line", "dataset_mixture is empty"),
+        ({"dataset_format": "jsonl"}, "line", "dataset_format must be 'auto' or 'tokenised' or 'messages'"),
+        ({"dataset_streaming": True, "max_steps": None}, "line", "dataset_streaming needs max_steps"),
         ({"eval_dataset_path": "pyproject.toml"}, "line 3", "none of .jsonl, .json, .csv, .parquet"),
         ({"eval_dataset_path": None, "eval_exact_match": True}, "line", "eval_exact_match needs an evaluation set"),
         ({"output_dir": None}, "", "output_dir is missing"),

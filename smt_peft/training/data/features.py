@@ -8,6 +8,7 @@ import datasets
 from datasets import Features, List, Value
 
 from .forms import Form
+from .loss import kind_of
 
 # Objects with keys of their own, which a struct cannot hold; new in datasets 5.
 JSON = getattr(datasets, "Json", lambda: None)()
@@ -51,6 +52,23 @@ def features_of(kind: str, sources: Sequence[Features | None], text_field: str =
     if tools:
         columns["tools"] = tools[0] if all(one == tools[0] for one in tools) else JSON
     return Features(columns)
+
+
+def features_of_row(row: dict, text_field: str) -> Features | None:
+    """Types that every row of the same form fits, where those of the first rows might not fit a later one.
+
+    Args:
+        row: as TRL reads it.
+        text_field: the column of plain text.
+    """
+    features = features_of(kind_of(row), [None], text_field)
+    if features is None or "tools" in row and JSON is None:
+        return None
+    if "labels" in row:
+        features["labels"] = features["input_ids"]
+    if "tools" in row:
+        features["tools"] = JSON
+    return features
 
 
 def _is_plain(kind) -> bool:

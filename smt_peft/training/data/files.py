@@ -76,8 +76,8 @@ class LocalFile:
         if self.suffix == ".parquet":
             return row
         for number, (place, content) in enumerate(self.scan()):
-            if isinstance(content, str):
-                # Arrow does not mind how rows are spread over lines, so its count is the only one here.
+            if isinstance(content, str) and self.suffix != ".csv":
+                # Arrow does not mind how objects are spread over lines, so its count is the only one here.
                 return row
             if number == index:
                 return place

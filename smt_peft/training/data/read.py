@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..errors import ConfigError
 from .broken import SHOWN, STOP, Broken
-from .features import free_turns, is_plain
+from .features import features_of_row, free_turns, is_plain
 from .files import LocalFile
 from .forms import AUTO, Form, find_form, row_fault
 from .hub import HubSplit
@@ -70,7 +70,11 @@ def read_part(part: Part, reading: Reading, broken: Broken, by_arrow: bool = Tru
 def _sound(rows: Dataset, form: Form, part: Part, reading: Reading, broken: Broken) -> Dataset:
     """The rows of a table without the broken ones."""
     rows = rows.select_columns(list(form.columns(rows.column_names)))
-    chat = any("turns" in what for what in form.columns(rows.column_names).values())
+    # Text has neither speakers nor a template, and need not be looked at row by row.
+    chat = any(
+        "turns" in what and rows.features[name] != Value("string")
+        for name, what in form.columns(rows.column_names).items()
+    )
     keep = None
     for index, fault in faults(rows, form, reading.also if chat else None):
         place = part.place(index) if len(broken.first) < SHOWN else ""
@@ -92,7 +96,7 @@ def _scanned(part: Part, reading: Reading, broken: Broken) -> tuple[Dataset, For
     form, columns = scanned_form(part, reading)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "smt_peft"
     cache.mkdir(parents=True, exist_ok=True)
-    content, count = hashlib.sha256(), 0
+    content, count, features = hashlib.sha256(), 0, None
     handle, name = tempfile.mkstemp(suffix=".part", dir=cache)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -100,6 +104,7 @@ def _scanned(part: Part, reading: Reading, broken: Broken) -> tuple[Dataset, For
                 line = json.dumps(row).encode() + b"\n"
                 content.update(line)
                 file.write(line)
+                features = features or features_of_row(row, reading.text_field)
                 count += 1
         _not_empty(count, part, broken)
         # Named by what is in it: the next run finds the table that was made from it, and what TRL made of that.
@@ -109,10 +114,9 @@ def _scanned(part: Part, reading: Reading, broken: Broken) -> tuple[Dataset, For
     finally:
         Path(name).unlink(missing_ok=True)
     try:
-        rows = load_dataset("json", data_files=[str(path)], split="train")
+        return load_dataset("json", data_files=[str(path)], split="train", features=features), form
     except (DatasetGenerationError, ValueError, TypeError) as error:
         raise ConfigError(f"{part.label} cannot be read: {error.__cause__ or error}") from error
-    return rows.remove_columns([name for name, kind in rows.features.items() if kind == Value("null")]), form
 
 
 def scanned_form(part: Part, reading: Reading) -> tuple[Form, list[str]]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from datasets import Features, IterableDataset
+from datasets import IterableDataset
 
 from ..errors import ConfigError
 from ..tell import tell
 from .broken import SHOWN, Broken
-from .features import JSON, features_of
+from .features import features_of_row
 from .files import LocalFile
 from .forms import Form
 from .hub import HubSplit
-from .loss import kind_of
 from .read import Reading, scanned_form, sound_rows
 
 
@@ -71,20 +70,8 @@ def stream_parts(parts: list[LocalFile | HubSplit], reading: Reading, label: str
     if first is None:
         raise ConfigError(f"{label} holds no rows that can be used{settings['broken']}; put at least one into it")
     return IterableDataset.from_generator(
-        _rows, features=_features(first, reading.text_field), gen_kwargs={"parts": parts, **settings}
+        _rows, features=features_of_row(first, reading.text_field), gen_kwargs={"parts": parts, **settings}
     ), form
-
-
-def _features(row: dict, text_field: str) -> Features | None:
-    """Types that any row of the form fits: those that the first ones have might not fit a later one."""
-    features = features_of(kind_of(row), [None], text_field)
-    if features is None or "tools" in row and JSON is None:
-        return None
-    if "labels" in row:
-        features["labels"] = features["input_ids"]
-    if "tools" in row:
-        features["tools"] = JSON
-    return features
 
 
 def _rows(parts, form: Form, columns: tuple[str, ...], reading: Reading, broken: Told) -> Iterator[dict]:

@@ -87,13 +87,13 @@ def test_each_broken_row_of_a_stream_is_told_once(tmp_path, capsys):
     [
         ('prompt,completion\na,b\n\n"a\nb",\n', "line 4: completion is empty"),
         ("prompt,completion\na,b\na,b,c\n", "line 3: 3 fields, but the header names 2"),
-        ("prompt,completion\na,b\na\n", "line 3: completion must be text or a list, got nothing|line 3: 1 fields"),
+        ("prompt,completion\na,b\na\n", "line 3: completion is empty"),
     ],
 )
 def test_broken_rows_of_csv_are_named_by_line(tmp_path, text, message):
     path = tmp_path / "rows.csv"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=f"rows.csv, ({message})"):
+    with pytest.raises(ConfigError, match=f"rows.csv, {message}"):
         load(str(path))
     assert load(str(path), on_broken_row="skip").train.to_list() == [GOOD]
 

@@ -120,9 +120,18 @@ def test_keys_of_single_messages_stay_theirs(tmp_path):
     turns = [CHAT[0], {"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", "content": "1"}]
     path = str(tmp_path / "rows.parquet")
     Dataset.from_list([{"messages": turns}, {"messages": CHAT}]).to_parquet(path)
-    assert load(path).train.to_list() == [{"messages": turns}, {"messages": CHAT}]
     rows = write(tmp_path / "rows.jsonl", {"messages": turns}, {"messages": CHAT})
-    assert load(rows).train.to_list() == [{"messages": turns}, {"messages": CHAT}]
+    template = TEMPLATE.replace("raise_exception", "nothing")
+    for file in (path, rows):
+        assert load(file, template).train.to_list() == [{"messages": turns}, {"messages": CHAT}]
+
+
+def test_keys_that_come_late_in_a_long_file_are_read(tmp_path):
+    """A reader learns the columns from the first ten megabytes."""
+    long = [CHAT[0] | {"content": "a" * (1 << 20)}, CHAT[1]]
+    late = {"messages": [*CHAT, {"role": "tool", "content": "1", "name": "add"}]}
+    path = write(tmp_path / "rows.jsonl", *[{"messages": long}] * 11, late | {"id": 3})
+    assert load(path).train[11] == late
 
 
 def test_exact_match_needs_completions(tmp_path):

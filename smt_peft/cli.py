@@ -44,6 +44,13 @@ def _parser() -> argparse.ArgumentParser:
             metavar="key=value",
             help="replaces a key of the YAML: learning_rate=2e-4, smt.density=0.02",
         )
+    sub = _verb(verbs, "plan", _plan, "tell what memory a run will take, before any weight is loaded")
+    sub.add_argument("config", metavar="RUN.yaml", help="the run; see configs/")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the YAML")
+    sub.add_argument("--memory", metavar="SIZE", help="what a device has, 24GiB; that of the GPU when not given")
+    sub.add_argument("--device", choices=("cpu", "cuda"), help="where the run will be; the GPU where there is one")
+    sub.add_argument("--processes", type=int, metavar="N", help="devices that train together; as launched otherwise")
+    sub.add_argument("--sharded", action="store_true", default=None, help="they share the weights (FSDP2, ZeRO-3)")
     sub = _verb(verbs, "merge", _merge, "write base + adapter as a plain checkpoint")
     sub.add_argument("adapter", metavar="ADAPTER", help="directory of a saved adapter")
     sub.add_argument("out", metavar="OUT", help="directory for the merged model; new or empty")
@@ -87,6 +94,21 @@ def _select(args: argparse.Namespace) -> None:
     from .training.run import select
 
     select(run)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from .training.errors import ConfigError
+    from .training.schema import load_run
+
+    run = load_run(args.config, args.overrides)
+    from .plan.plan import plan
+    from .plan.table import size, table
+
+    try:
+        limit = None if args.memory is None else size(args.memory)
+    except ValueError as error:
+        raise ConfigError(f"--memory: {error}") from error
+    print(table(plan(run, limit=limit, device=args.device, processes=args.processes, sharded=args.sharded)))
 
 
 def _merge(args: argparse.Namespace) -> None:

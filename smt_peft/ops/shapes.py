@@ -1,4 +1,4 @@
-"""The operations on the meta device: results of the right shape and dtype, and no temporaries, as fused kernels have none.
+"""The operations on the meta device: results of the right shape and dtype, no temporaries, as fused kernels have none.
 
 Signatures and shape suffixes are those of `operations`.
 """

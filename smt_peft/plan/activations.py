@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .device import Device
 
 Batch = Callable[[], Mapping[str, Tensor]]
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
 
 class Allocator(TorchDispatchMode):
@@ -114,8 +115,9 @@ def step(
     batch: Batch,
     device: Device | None = None,
     *,
-    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] | None = None,
+    loss: Loss | None = None,
     temporaries: int = 0,
+    accumulated: bool = False,
 ) -> Step:
     """Run a training step on the meta device.
 
@@ -125,12 +127,12 @@ def step(
         device: where the step is to run.
         loss: of model and batch; None: what the model itself calls `loss`.
         temporaries: bytes that the optimizer takes for the time of an update.
-
-    Returns:
-        Its memory. Gradients that were there before, as of earlier batches of one update, are not counted but kept.
+        accumulated: whether gradients of earlier batches are there already; their bytes are not in the peak then.
     """
     loss = loss or model_loss
-    before = {parameter: parameter.grad for parameter in model.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained if accumulated else ():
+        parameter.grad = torch.empty_like(parameter)
     allocator = Allocator()
     allocator.own(model)
     with (device or Device()).pretended(), allocator, _head(model, allocator) as heads:
@@ -139,12 +141,10 @@ def step(
         value = loss(model, inputs)
         allocator.stop(forward)
         backward = allocator.gauge()
-        # `Tensor.backward` would switch the pretence off.
-        torch.autograd.backward(value)
-    gradients = sum(p.grad.nbytes for p in before if p.grad is not None)
+        value.backward()
+    gradients = sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
     peaks = {"forward": forward.peak, "backward": backward.peak, "update": allocator.alive + temporaries}
-    for parameter, grad in before.items():
-        parameter.grad = grad
+    model.zero_grad(set_to_none=True)
     phase = max(peaks, key=peaks.get)
     head = max((gauge.peak - gauge.start for gauge in heads), default=0)
     return Step(backward.start, head, gradients, peaks[phase], phase)

@@ -1,11 +1,12 @@
-"""What the meta device does not do as the planned device would: attention kernels, autocast, and questions of values.
+"""What the meta device does not do as the planned device would.
 
 A model on the meta device runs every operation for its shapes alone. Three things would go another way there: attention
-is not fused, autocast does not exist, and a model cannot ask what its batch holds.
+is not fused, autocast does not exist, and what Triton does in place on a GPU is done by PyTorch, with temporaries.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,19 +15,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 _HALVES = (torch.float16, torch.bfloat16)
 # Of autocast's lists, what transformers are made of.
-_NARROWED = {
-    *(F.linear, F.conv1d, F.conv2d, torch.matmul, torch.mm, torch.bmm, torch.addmm),
-    *(torch.baddbmm, torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm),
-}
-_WIDENED = {
-    *(F.layer_norm, F.rms_norm, F.softmax, F.log_softmax, F.cross_entropy, F.nll_loss, torch.softmax, Tensor.softmax),
-    *(torch.log_softmax, torch.pow, Tensor.pow, torch.rsqrt, Tensor.rsqrt, torch.norm, torch.cumsum, F.mse_loss),
-}
+_NARROWED = (
+    *((F, name) for name in ("linear", "conv1d", "conv2d")),
+    *((torch, name) for name in ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum")),
+    *((Tensor, name) for name in ("matmul", "__matmul__", "mm", "bmm")),
+)
+_WIDENED = (
+    *(
+        (F, name)
+        for name in ("layer_norm", "rms_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss", "mse_loss")
+    ),
+    *((torch, name) for name in ("softmax", "log_softmax", "pow", "rsqrt", "norm", "cumsum")),
+    *((Tensor, name) for name in ("softmax", "pow", "rsqrt")),
+)
 _plain_attention = F.scaled_dot_product_attention
 # What `torch._fused_sdp_choice` answers.
 _MATH, _FLASH, _EFFICIENT, _CUDNN = 0, 1, 2, 3
@@ -47,81 +52,97 @@ class Device:
     @contextmanager
     def pretended(self) -> Iterator[None]:
         """Within, what is on the meta device takes the routes that it would take on this device."""
+        casts = _Casts(self.autocast)
         with ExitStack() as stack:
-            mode = _Autocast(self)
-            if self.autocast is not None:
-                stack.enter_context(mode)
-            for owner, name, replacement in _replacements(self, mode):
-                stack.callback(setattr, owner, name, getattr(owner, name))
+            for owner, name, replacement in _replacements(self, casts):
+                own = name in vars(owner)
+                stack.callback(setattr, owner, name, getattr(owner, name)) if own else stack.callback(
+                    delattr, owner, name
+                )
                 setattr(owner, name, replacement)
             yield
 
 
-class _Autocast(TorchFunctionMode):
-    """Casts as autocast would; `autocast` is None where it is switched off for a while."""
+class _Casts:
+    """What autocast does to operands; `dtype` is None where it is off."""
 
-    def __init__(self, device: Device):
-        super().__init__()
-        self.device, self.autocast = device, device.autocast
+    def __init__(self, dtype: torch.dtype | None):
+        self.dtype = dtype
         # As autocast does: the copy of a trained fp32 weight is kept until the end.
         self._copies: dict[Tensor, Tensor] = {}
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _NARROWED and "out" not in kwargs:
-            args, kwargs = self.narrowed(args, kwargs)
-        elif self.autocast is not None and func in _WIDENED and self.device.type == "cuda":
-            args, kwargs = tree_map_only(Tensor, _widen, (args, kwargs))
-        return func(*args, **kwargs)
+    def narrowing(self, func: Callable) -> Callable:
+        def narrowed(*args: Any, **kwargs: Any) -> Any:
+            # What writes into a given tensor is left alone by autocast.
+            if "out" not in kwargs:
+                args, kwargs = self.narrowed(args), self.narrowed(kwargs)
+            return func(*args, **kwargs)
 
-    def narrowed(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return (args, kwargs) if self.autocast is None else tree_map_only(Tensor, self._narrow, (args, kwargs))
+        return narrowed
+
+    def widening(self, func: Callable) -> Callable:
+        def widened(*args: Any, **kwargs: Any) -> Any:
+            if self.dtype is not None:
+                args, kwargs = tree_map_only(Tensor, _widen, (args, kwargs))
+            return func(*args, **kwargs)
+
+        return widened
+
+    def narrowed(self, operands: Any) -> Any:
+        return operands if self.dtype is None else tree_map_only(Tensor, self._narrow, operands)
 
     def _narrow(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_meta or not tensor.is_floating_point() or tensor.dtype in (self.autocast, torch.float64):
+        if not tensor.is_meta or not tensor.is_floating_point() or tensor.dtype in (self.dtype, torch.float64):
             return tensor
         if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad and tensor.dtype == torch.float32):
-            return tensor.to(self.autocast)
+            return tensor.to(self.dtype)
         if tensor not in self._copies:
-            self._copies[tensor] = tensor.to(self.autocast)
+            self._copies[tensor] = tensor.to(self.dtype)
         return self._copies[tensor]
 
-    def __exit__(self, *error: object) -> None:
-        self._copies.clear()
-        return super().__exit__(*error)
+    @contextmanager
+    def switched(self, dtype: torch.dtype | None) -> Iterator[None]:
+        before, self.dtype = self.dtype, dtype
+        try:
+            yield
+        finally:
+            self.dtype = before
 
 
 def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_meta and tensor.dtype in _HALVES else tensor
 
 
-def _replacements(device: Device, mode: _Autocast) -> Iterator[tuple[Any, str, Any]]:
-    """What asks for the type of a tensor's device, and must not be told that it is the meta device."""
-    is_enabled, dtype_of, autocast = torch.is_autocast_enabled, torch.get_autocast_dtype, torch.autocast
+def _replacements(device: Device, casts: _Casts) -> Iterator[tuple[Any, str, Any]]:
+    """Functions that are to do something else for the time being: owner, name, stand-in.
 
-    @contextmanager
-    def switched(enabled: bool) -> Iterator[None]:
-        before, mode.autocast = mode.autocast, device.autocast if enabled else None
-        try:
-            yield
-        finally:
-            mode.autocast = before
+    They are replaced by name, as a `TorchFunctionMode` is switched off by PyTorch itself in the course of backward.
+    """
+    is_enabled, dtype_of, autocast = torch.is_autocast_enabled, torch.get_autocast_dtype, torch.autocast
 
     def pretended_autocast(device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
         if device_type == "meta":
-            return switched(enabled)
+            return casts.switched(device.autocast if enabled else None)
         return autocast(device_type, *args, enabled=enabled, **kwargs)
 
-    yield torch, "is_autocast_enabled", lambda *of: mode.autocast is not None if of == ("meta",) else is_enabled(*of)
-    yield torch, "get_autocast_dtype", lambda of: mode.autocast if of == "meta" else dtype_of(of)
+    yield torch, "is_autocast_enabled", lambda *of: casts.dtype is not None if of == ("meta",) else is_enabled(*of)
+    yield torch, "get_autocast_dtype", lambda of: casts.dtype if of == "meta" else dtype_of(of)
     yield torch, "autocast", pretended_autocast
+    if device.autocast is not None:
+        for owner, name in _NARROWED:
+            yield owner, name, casts.narrowing(getattr(owner, name))
+        for owner, name in _WIDENED if device.type == "cuda" else ():
+            yield owner, name, casts.widening(getattr(owner, name))
+    head = sys.modules.get("trl.kernels.chunked_logprob")
+    for fold in ("_forward_tile", "_backward_tile", "_addmm_fp32") if device.type == "cuda" else ():
+        if hasattr(head, fold):
+            yield head, fold, lambda *operands, **numbers: None
 
-    def attention(*args: Any, **kwargs: Any) -> Tensor:
-        args, kwargs = mode.narrowed(args, kwargs)
-        return _attention(device.type, *args, **kwargs)
-
-    # Not by the mode: what that sees inside of another function of PyTorch passes it by.
-    yield F, "scaled_dot_product_attention", attention
+    yield (
+        F,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: _attention(device.type, *casts.narrowed(args), **casts.narrowed(kwargs)),
+    )
 
 
 def _attention(

@@ -90,7 +90,7 @@ def select_blocks(
         # An expert's matrix is scored, and its blocks are spread, as a module's would be.
         tapped = matrices(targets)
         grids = {name: target.grid(config) for name, target in tapped.items()}
-        taps = _make_taps(tapped, grids, config, accumulator_device)
+        taps = make_taps(tapped, grids, config, accumulator_device)
         seen = _warm_up(model, config, taps, dataloader, num_batches, loss_fn, progress)
         scores = _finish(taps, seen)
         record = provenance(config.score_name, config, targets) | seen.record()
@@ -270,7 +270,7 @@ def _loss(output: Any, batch: Any, number: int, given: bool) -> Tensor:
     return loss
 
 
-def _make_taps(
+def make_taps(
     targets: Mapping[str, Target],
     grids: Mapping[str, BlockGrid],
     config: SMTConfig,

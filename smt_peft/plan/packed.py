@@ -61,8 +61,9 @@ class PackedLinear(nn.Linear):
         self.weight = nn.Parameter(linear.weight.new_empty(1).expand(shape), requires_grad=False)
 
     def dequantise(self) -> Tensor:
-        """The temporary of one pass."""
-        return self.weight.new_empty(self.out_features, self.in_features)
+        """The temporary of one pass; of an 8-bit weight in fp32, as `bases.formats` reads it."""
+        dtype = torch.float32 if self.packing.bits == 8 else self.weight.dtype
+        return self.weight.new_empty(self.out_features, self.in_features, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self.bias, self)
@@ -87,6 +88,14 @@ def pack(model: nn.Module, packing: Packing) -> nn.Module:
             if type(child) is nn.Linear and id(child) not in kept:
                 setattr(owner, name, PackedLinear(child, packing))
     return model.requires_grad_(False)
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Of the weights of a module and of all below it, packed ones as they are packed."""
+    packed = [layer for layer in module.modules() if isinstance(layer, PackedLinear)]
+    shapes = {id(layer.weight) for layer in packed}
+    plain = sum(p.untyped_storage().nbytes() for p in module.parameters() if id(p) not in shapes)
+    return plain + sum(layer.packing.bytes(layer.out_features, layer.in_features) for layer in packed)
 
 
 def overlay(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from ..training.errors import ConfigError
 from . import methods
 from .activations import Batch, Loss, Step, model_loss, step
 from .device import Device
-from .packed import Packing
+from .packed import Packing, stored_bytes
 from .state import State, optimizer, state_of, trained_parameters
 from .warmup import warm_up
 
@@ -303,14 +303,10 @@ def _among(memory: Memory, model: nn.Module) -> Memory:
 def _units(model: nn.Module) -> tuple[int, int]:
     """Bytes of the weights outside of all layers, and of the largest layer, as engines gather them."""
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    stack = max(stacks, key=_weight_bytes, default=None)
+    stack = max(stacks, key=stored_bytes, default=None)
     if stack is None:
-        return _weight_bytes(model), 0
-    return _weight_bytes(model) - _weight_bytes(stack), max(map(_weight_bytes, stack))
-
-
-def _weight_bytes(module: nn.Module) -> int:
-    return sum(parameter.untyped_storage().nbytes() for parameter in module.parameters())
+        return stored_bytes(model), 0
+    return stored_bytes(model) - stored_bytes(stack), max(map(stored_bytes, stack))
 
 
 def _rivals(selection: BlockSelection, run: Run, setting: Setting) -> Iterator[Memory]:

@@ -29,6 +29,8 @@ def setting_of(
     """The setting of a run, and what it assumes; arguments as in `plan`."""
     from .plan import Setting, from_environment
 
+    if processes is not None and processes < 1:
+        raise ConfigError(f"--processes must be at least 1, got {processes}")
     trainer, assumed = run.trainer, []
     here = "cuda" if torch.cuda.is_available() and not run.resolved.get("use_cpu") else "cpu"
     device = device or here

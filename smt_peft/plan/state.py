@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.adamw import QUANT_BLOCK
+from ..ops.linear import wants_columns
 from ..tuner.delta import SMTBlocks
 from .packed import PackedLinear
 
@@ -79,7 +80,7 @@ def _tables(blocks: SMTBlocks) -> int:
     """The index, the copy that has been checked, and what a kept input is read by."""
     layout = blocks.layout()
     tables = [blocks.index, layout.blocks]
-    if layout.num_columns < layout.grid.cols:
+    if wants_columns(layout):
         tables += [layout.columns, layout.packed.blocks]
     return sum(table.nbytes for table in tables)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DENSITY, RANK, SIZE, Model, counted
+from counted import DENSITY, RANK, SIZE, Model, counted
 from peft.tuners.lora import LoraLayer
 
 from benchmarks.cost import methods, warmup
@@ -72,8 +72,8 @@ def test_the_warm_up_pass_takes_what_is_counted(score):
     case = Case(hidden=128, layers=2, tokens=64, density=0.02)
     span = trace(lambda note: warmup.choose_traced(case, score, note))[-1]
     model = empty(case.build)
-    counted = warm_up(model, warmup.config(case, score), lambda: random_batch(model, case.batch, False))
+    planned = warm_up(model, warmup.config(case, score), lambda: random_batch(model, case.batch, False))
     if score == "random":
-        assert counted == 0
+        assert planned == 0
     else:
-        assert counted == pytest.approx(span.peak - span.start, rel=0.1)
+        assert planned == pytest.approx(span.peak - span.start, rel=0.1)

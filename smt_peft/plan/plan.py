@@ -66,8 +66,8 @@ class Memory:
         method: its name.
         trainable: parameters, padding counted.
         state: what lives from step to step.
-        plain: a step without checkpointing of activations.
-        checkpointed: one with it; None where the model cannot.
+        step: a step as the setting has it.
+        other: one with checkpointing of activations where the setting has none, or without; None: not counted.
         setting: what both hold for.
         gathered: weights of other processes that are there for a time, and buffers to exchange gradients.
     """
@@ -75,15 +75,10 @@ class Memory:
     method: str
     trainable: int
     state: State
-    plain: Step
-    checkpointed: Step | None
+    step: Step
+    other: Step | None
     setting: Setting
     gathered: int = 0
-
-    @property
-    def step(self) -> Step:
-        """The one the setting asks for."""
-        return self.checkpointed if self.setting.checkpointing and self.checkpointed else self.plain
 
     @property
     def gradients(self) -> int:
@@ -189,7 +184,7 @@ def plan(
             else:
                 selection = BlockSelection.load(run.selection)
             found = [
-                memory("SMT", methods.smt(model, run.smt, selection), setting, trainer_loss),
+                memory("SMT", methods.smt(model, run.smt, selection), setting, trainer_loss, both=True),
                 *_rivals(selection, run, setting),
             ]
         except (ValueError, FileNotFoundError) as error:
@@ -199,7 +194,7 @@ def plan(
         limit = _limit(setting) if limit is None else limit
         changes: list[Change] = []
         if limit is not None and max(found[0].peak(), choosing) > limit:
-            changes = list(_changes(run, setting, selection, found[0]))
+            changes = list(_changes(run, setting, selection, found[0], choosing))
     if run.selection == "auto":
         assumed.append(
             f"the blocks are still to be chosen: as many columns touched as spread={run.smt.spread!r} alone makes it"
@@ -219,7 +214,11 @@ def plan(
 
 
 def memory(
-    method: str, model: nn.Module, setting: Setting, prepare: Callable[[nn.Module], Loss] | None = None
+    method: str,
+    model: nn.Module,
+    setting: Setting,
+    prepare: Callable[[nn.Module], Loss] | None = None,
+    both: bool = False,
 ) -> Memory:
     """Count one method.
 
@@ -228,28 +227,29 @@ def memory(
         model: on the meta device, with something to train in it; see `methods`.
         setting: what decides besides.
         prepare: makes the loss of a model; None: the one that it computes itself.
+        both: whether to count a step with checkpointing and one without.
     """
     trained = trained_parameters(model)
     own = optimizer(setting.optimizer, setting.device.type)
     count = partial(
         step,
         model,
-        token_batch(model, setting),
+        token_batch(setting),
         setting.device,
         loss=model_loss if prepare is None else prepare(model),
         temporaries=own.temporaries(trained),
         accumulated=setting.accumulation > 1,
     )
-    plain, checkpointed = count(), None
-    if _checkpointing(model, True):
-        checkpointed = count()
-        _checkpointing(model, False)
-    state = state_of(model, own)
-    found = Memory(method, sum(p.numel() for p in trained), state, plain, checkpointed, setting)
+    can_checkpoint = _checkpointing(model, setting.checkpointing)
+    as_set, other = count(), None
+    if both and can_checkpoint:
+        _checkpointing(model, not setting.checkpointing)
+        other = count()
+    found = Memory(method, sum(p.numel() for p in trained), state_of(model, own), as_set, other, setting)
     return _among(found, model) if setting.processes > 1 else found
 
 
-def token_batch(model: nn.Module, setting: Setting) -> Batch:
+def token_batch(setting: Setting) -> Batch:
     """A full batch of token ids, without padding, and a label for each."""
 
     def make() -> dict[str, Tensor]:
@@ -293,8 +293,8 @@ def _among(memory: Memory, model: nn.Module) -> Memory:
     return replace(
         memory,
         state=state,
-        plain=with_part(memory.plain),
-        checkpointed=with_part(memory.checkpointed),
+        step=with_part(memory.step),
+        other=with_part(memory.other),
         # The parts outside of the layers stay, of the layers there is one at work and the next on its way.
         gathered=whole + 2 * layer,
     )
@@ -312,11 +312,10 @@ def _units(model: nn.Module) -> tuple[int, int]:
 def _rivals(selection: BlockSelection, run: Run, setting: Setting) -> Iterator[Memory]:
     from .source import base, trainer_loss
 
-    # `SMTAdamW` is the run's choice for blocks; the others get what it comes from.
-    plain = replace(setting, optimizer="adamw_torch_fused") if setting.optimizer.startswith("smt_") else setting
     for name, put_on in methods.rivals(selection, run.smt.modules_to_save).items():
-        whole = replace(plain, packing=None) if name == "full" else plain
-        yield memory(name, put_on(base(run, whole)), whole, trainer_loss)
+        # Packed weights cannot be trained.
+        own = replace(setting, packing=None) if name == "full" else setting
+        yield memory(name, put_on(base(run, own)), own, trainer_loss)
 
 
 def _warm_up(build: methods.Build, config: SMTConfig, setting: Setting) -> int:
@@ -324,8 +323,8 @@ def _warm_up(build: methods.Build, config: SMTConfig, setting: Setting) -> int:
     weights = state_of(model, optimizer(setting.optimizer)).total
     # Before the training: without autocast and checkpointing, and with the loss of the model itself.
     device = replace(setting.device, autocast=None)
-    above = warm_up(model, config, token_batch(model, setting), device)
-    if setting.sharded:
+    above = warm_up(model, config, token_batch(setting), device)
+    if setting.sharded and setting.processes > 1:
         whole, layer = _units(model)
         weights = -(-weights // setting.processes) + whole + 2 * layer
     return weights + above + runtime(setting)
@@ -337,18 +336,20 @@ def _limit(setting: Setting) -> int | None:
     return torch.cuda.mem_get_info()[1]
 
 
-def _changes(run: Run, setting: Setting, selection: BlockSelection, now: Memory) -> Iterator[Change]:
-    """What can be changed, by the step time it costs."""
+def _changes(run: Run, setting: Setting, selection: BlockSelection, now: Memory, choosing: int) -> Iterator[Change]:
+    """What can be changed, by the step time it costs; `choosing`: what the warm-up takes as it is."""
     from .source import base, trainer_loss
 
-    def of(changed: Setting) -> int:
-        model = methods.smt(base(run, changed), run.smt, selection)
-        choosing = _warm_up(partial(base, run, changed), run.smt, changed) if run.selection == "auto" else 0
+    def of(changed: Setting, choosing: int | None = None) -> int:
+        build = partial(base, run, changed)
+        if choosing is None:
+            choosing = _warm_up(build, run.smt, changed) if run.selection == "auto" else 0
+        model = methods.smt(build(), run.smt, selection)
         return max(memory("SMT", model, changed, trainer_loss).peak(), choosing)
 
     if setting.optimizer != "smt_adamw_8bit" and not setting.sharded:
-        changed = replace(setting, optimizer="smt_adamw_8bit")
-        yield Change("optim=smt_adamw_8bit", "no time; moments in 8 bits", of(changed))
+        peak = of(replace(setting, optimizer="smt_adamw_8bit"), choosing)
+        yield Change("optim=smt_adamw_8bit", "no time; moments in 8 bits", peak)
     if setting.sequences > 1:
         half = setting.sequences // 2
         more = setting.accumulation * -(-setting.sequences // half)
@@ -363,18 +364,13 @@ def _changes(run: Run, setting: Setting, selection: BlockSelection, now: Memory)
             "the time to dequantise every weight twice in a step, and a base that is rounded to 4 bits",
             of(replace(setting, packing=Packing("nf4", 4))),
         )
-    if not setting.checkpointing and now.checkpointed is not None:
-        yield Change(
-            "gradient_checkpointing=true",
-            "one more forward pass in a step",
-            of(replace(setting, checkpointing=True)),
-        )
+    if not setting.checkpointing and now.other is not None:
+        peak = max(now.peak(now.other), choosing)
+        yield Change("gradient_checkpointing=true", "one more forward pass in a step", peak)
     if setting.tokens > 1:
-        yield Change(
-            f"max_length={setting.tokens // 2}",
-            "no time, but what lies behind is not learnt",
-            of(replace(setting, tokens=setting.tokens // 2)),
-        )
+        half = setting.tokens // 2
+        peak = of(replace(setting, tokens=half))
+        yield Change(f"max_length={half}", "no time, but what lies behind is not learnt", peak)
 
 
 @contextmanager

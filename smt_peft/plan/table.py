@@ -58,11 +58,13 @@ def _columns(plan: Plan) -> list[str]:
     for name, of in _lines():
         if any(map(of, methods)):
             rows.append((name, [shown(of(each)) for each in methods]))
-    with_ = "as set" if plan.setting.checkpointing else "with checkpointing"
-    without = "without checkpointing" if plan.setting.checkpointing else "as set"
-    rows.append((f"peak of a step, {without}", [shown(each.peak(each.plain)) for each in methods]))
-    if any(each.checkpointed for each in methods):
-        rows.append((f"peak of a step, {with_}", [_if(each.checkpointed, each.peak) for each in methods]))
+    rows.append(("peak of a step", [shown(each.peak()) for each in methods]))
+    if plan.smt.other is not None:
+        word = "without" if plan.setting.checkpointing else "with"
+        saved = [each.other and each.other.saved for each in methods]
+        peaks = [each.other and each.peak(each.other) for each in methods]
+        rows.append((f"{word} checkpointing: saved", [_if(size) for size in saved]))
+        rows.append((f"{word} checkpointing: peak", [_if(size) for size in peaks]))
     if plan.score:
         rows.append((f"peak of the warm-up, {plan.score}", [shown(plan.warm_up), *["-"] * (len(methods) - 1)]))
     left = max(len(name) for name, _ in rows)
@@ -81,8 +83,7 @@ def _lines() -> Iterator[tuple[str, Callable[[Memory], int]]]:
     yield "tables of the blocks", of_state("tables")
     yield "optimizer state", of_state("moments")
     yield "gradients", lambda memory: memory.gradients
-    yield "saved for backward", lambda memory: memory.plain.saved
-    yield "saved, with checkpointing", lambda memory: memory.checkpointed.saved if memory.checkpointed else 0
+    yield "saved for backward", lambda memory: memory.step.saved
     yield "logits and loss, at most", lambda memory: memory.step.head
     yield "gathered and exchanged", lambda memory: memory.gathered
     yield "CUDA context, assumed", lambda memory: runtime(memory.setting)
@@ -92,8 +93,8 @@ def _state(memory: Memory) -> State:
     return memory.state
 
 
-def _if(step, of) -> str:
-    return "-" if step is None else shown(of(step))
+def _if(size: int | None) -> str:
+    return "-" if size is None else shown(size)
 
 
 def _verdict(plan: Plan) -> Iterator[str]:

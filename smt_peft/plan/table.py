@@ -25,7 +25,7 @@ def size(text: str) -> int:
     except (ValueError, KeyError) as error:
         raise ValueError(f"{text!r} is no size of memory; say 24GiB, or 24 for the same") from error
     if not bytes_ > 0:
-        raise ValueError(f"{text!r} is no size of memory; it must be above 0")
+        raise ValueError(f"{text!r} is no size of memory; it must be above 0, as 24GiB is")
     return int(bytes_)
 
 

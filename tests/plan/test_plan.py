@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,8 @@ def test_what_does_not_fit_is_told_with_three_changes_that_take_less(tmp_path):
     for change in found.changes:
         assert change.peak < found.peak
         assert change.keys in text
+        if "load_in_4bit" in change.keys and find_spec("bitsandbytes") is None:
+            continue
         again = plan(load_run(tmp_path / "run.yaml", ["optim=adamw_torch", *change.keys.split()]), limit=2**40)
         assert again.fits
         assert again.peak == change.peak

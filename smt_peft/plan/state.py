@@ -143,10 +143,10 @@ def _bnb(number: int) -> Callable[[Tensor], int]:
 
 
 def _factored(parameter: Tensor) -> int:
-    """Adafactor (arXiv 1804.04235, Algorithm 4), as Transformers has it: row and column means of the last two axes."""
+    """Adafactor (arXiv 1804.04235, Algorithm 4), as Transformers has it: fp32 row and column means, and one norm."""
     if parameter.ndim < 2:
-        return 4 * parameter.numel()
-    return 4 * (parameter.numel() // parameter.shape[-1] + parameter.numel() // parameter.shape[-2])
+        return 4 * parameter.numel() + 4
+    return 4 * (parameter.numel() // parameter.shape[-1] + parameter.numel() // parameter.shape[-2]) + 4
 
 
 def _wide(parameter: Tensor) -> int:

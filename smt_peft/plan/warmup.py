@@ -40,7 +40,7 @@ def warm_up(
                 _OF_WEIGHTS[config.score](largest.weight, largest.grid(config))
             return peak.peak
         grids = {name: target.grid(config) for name, target in targets.items()}
-        taps = make_taps(targets, grids, config, None)
+        taps = make_taps(targets, grids, config, None, shapes_only=True)
         checkpointing = not isinstance(taps, ActivationTaps)
         with borrowed(model, 0, checkpointing) as base, tappable_experts(targets), taps.installed():
             if isinstance(taps, ActivationTaps):

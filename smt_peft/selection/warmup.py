@@ -186,6 +186,8 @@ def _run(base: nn.Module, batches: Iterable, taps: Taps, loss_fn: LossFunction |
         with torch.set_grad_enabled(not forward_only):
             output = _forward(base, _moved(batch, device), loss_fn, seen.batches)
             if forward_only:
+                # Logits that nobody reads are not to lie there while the next batch makes its own.
+                del output
                 taps.close_batch()
                 continue
             loss = _loss(output, batch, seen.batches, given=loss_fn is not None)
@@ -275,7 +277,9 @@ def make_taps(
     grids: Mapping[str, BlockGrid],
     config: SMTConfig,
     accumulator_device: torch.device | str | None,
+    shapes_only: bool = False,
 ) -> Taps:
+    """What scores each target; `shapes_only`: on the meta device, where weights are not read but for their shape."""
     if config.score == "activation":
         for name, target in targets.items():
             if target.is_table:
@@ -300,7 +304,7 @@ def make_taps(
     if config.score == "taylor" or callable(config.score):
         for target in targets.values():
             check_readable(target, config.score_name)
-            if reason := why_absent(target.stored):
+            if not shapes_only and (reason := why_absent(target.stored)):
                 raise ValueError(
                     f"{target.name}: score={config.score_name!r} reads the weight, which is {reason}; take a score "
                     "that needs no weight values, such as 'grad_abs', or select before the model is sharded"

@@ -1,4 +1,4 @@
-"""The command line: `smt train`, `smt select`, `smt schema`, `smt merge`, `smt bench`, `smt env`."""
+"""The command line: `smt train`, `smt select`, `smt plan`, `smt schema`, `smt merge`, `smt bench`, `smt env`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     for verb, text in (
         (_train, "select blocks, train, evaluate, save and verify"),
         (_select, "choose blocks and save them, without training"),
+        (_plan, "tell what memory a run will take, before any weight is loaded"),
     ):
         name = verb.__name__.removeprefix("_")
         sub = _verb(verbs, name, verb, text)
@@ -53,6 +54,17 @@ def _parser() -> argparse.ArgumentParser:
                 "--dry-run",
                 action="store_true",
                 help="check the run, print its settings, their origins and one sample; no weights, nothing written",
+            )
+        if name == "plan":
+            sub.add_argument(
+                "--memory", metavar="SIZE", help="what a device has, 24GiB; that of the GPU when not given"
+            )
+            sub.add_argument(
+                "--device", choices=("cpu", "cuda"), help="where the run will be; the GPU, if there is one"
+            )
+            sub.add_argument("--processes", type=int, metavar="N", help="devices that train together; as launched else")
+            sub.add_argument(
+                "--sharded", action="store_true", default=None, help="they share the weights (FSDP2, ZeRO-3)"
             )
     _verb(verbs, "schema", _schema, "print the JSON schema of a run's YAML, for editors")
     sub = _verb(verbs, "merge", _merge, "write base + adapter as a plain checkpoint")
@@ -124,6 +136,21 @@ def _schema(args: argparse.Namespace) -> None:
     from .training.json_schema import json_schema
 
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from .training.errors import ConfigError
+    from .training.schema import load_run
+
+    run = load_run(args.config, args.overrides)
+    from .plan.plan import plan
+    from .plan.table import size, table
+
+    try:
+        limit = None if args.memory is None else size(args.memory)
+    except ValueError as error:
+        raise ConfigError(f"--memory: {error}") from error
+    print(table(plan(run, limit=limit, device=args.device, processes=args.processes, sharded=args.sharded)))
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -56,11 +56,11 @@ def check_quantisation(good: Mapping[str, Any], errors: Errors) -> None:
 
 def check_files(good: Mapping[str, Any], errors: Errors) -> None:
     for key in ("dataset_path", "eval_dataset_path"):
-        for fault in file_errors(good.get(key)):
-            errors.add(key, f"{key}: {fault}")
+        for place, fault in file_errors(good.get(key)):
+            errors.add(key + place, f"{key}: {fault}")
     if good.get("dataset_mixture") is not None:
-        for fault in mixture_errors(good["dataset_mixture"]):
-            errors.add("dataset_mixture", fault)
+        for place, fault in mixture_errors(good["dataset_mixture"]):
+            errors.add("dataset_mixture" + place, fault)
     model = good.get("model_name_or_path")
     if model is not None:
         directory = Path(model).expanduser()

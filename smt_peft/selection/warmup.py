@@ -33,7 +33,7 @@ Taps = GradientTaps | ActivationTaps
 LossFunction = Callable[[nn.Module, Any], Tensor]
 _NONE_LEFT = object()
 _FAILED_ELSEWHERE = "the warm-up pass failed in another process, so no blocks were chosen; see its message"
-# More did not train better, and each costs about as much as a step (tables quality-warmup, cost-warmup; 2026-11).
+# More did not train better, and each costs 1.3 training steps (tables quality-warmup and cost-warmup, 2026-11).
 WARMUP_BATCHES = 16
 _DATALOADER = "pass an iterable of batches, such as a torch.utils.data.DataLoader"
 

@@ -293,6 +293,20 @@ class BlockLayout:
         self.num_columns  # noqa: B018
         return self
 
+    def sketch(self) -> BlockLayout:
+        """This layout without values, on the meta device: there, what depends on the positions is as it is here."""
+        sketch = BlockLayout(self.grid, self.blocks.to("meta"))
+        packed = BlockLayout(BlockGrid(self.grid.rows, self.num_columns, *self.grid.block_shape), sketch.blocks)
+        packed.__dict__["_checked"] = True
+        sketch.__dict__.update(
+            _checked=True,
+            num_columns=self.num_columns,
+            effective_numel=self.effective_numel,
+            columns=torch.empty(self.num_columns, dtype=torch.int32, device="meta"),
+            packed=packed,
+        )
+        return sketch
+
     def padding_mask(self) -> Tensor:
         """True where a packed block holds an element of the weight, bool `(B, block_rows, block_cols)`."""
         row_Br, col_Bc = self.lines()

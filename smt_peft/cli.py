@@ -1,8 +1,9 @@
-"""The command line: `smt train`, `smt select`, `smt merge`, `smt bench`, `smt env`."""
+"""The command line: `smt train`, `smt select`, `smt plan`, `smt schema`, `smt merge`, `smt bench`, `smt env`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns the exit status: 0, 1 when a verification failed, 2 for an error in what was given."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    _take_settings(parser, args, rest)
     # Imported late, so that `smt --help` answers at once.
     from .training.errors import ConfigError, VerificationError
 
@@ -34,16 +37,36 @@ def _parser() -> argparse.ArgumentParser:
     for verb, text in (
         (_train, "select blocks, train, evaluate, save and verify"),
         (_select, "choose blocks and save them, without training"),
+        (_plan, "tell what memory a run will take, before any weight is loaded"),
     ):
         name = verb.__name__.removeprefix("_")
         sub = _verb(verbs, name, verb, text)
-        sub.add_argument("config", metavar="RUN.yaml", help="the run; see configs/")
+        sub.usage = f"smt {name} [options] RUN.yaml [key=value ...]"
         sub.add_argument(
-            "overrides",
+            "settings",
             nargs="*",
-            metavar="key=value",
-            help="replaces a key of the YAML: learning_rate=2e-4, smt.density=0.02",
+            metavar="RUN.yaml key=value",
+            help="the run, see configs/, and keys that replace its own: learning_rate=2e-4, smt.density=0.02",
         )
+        sub.add_argument("--config", metavar="RUN.yaml", help="the run, as TRL's commands take it")
+        if name == "train":
+            sub.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="check the run, print its settings, their origins and one sample; no weights, nothing written",
+            )
+        if name == "plan":
+            sub.add_argument(
+                "--memory", metavar="SIZE", help="what a device has, 24GiB; that of the GPU when not given"
+            )
+            sub.add_argument(
+                "--device", choices=("cpu", "cuda"), help="where the run will be; the GPU, if there is one"
+            )
+            sub.add_argument("--processes", type=int, metavar="N", help="devices that train together; as launched else")
+            sub.add_argument(
+                "--sharded", action="store_true", default=None, help="they share the weights (FSDP2, ZeRO-3)"
+            )
+    _verb(verbs, "schema", _schema, "print the JSON schema of a run's YAML, for editors")
     sub = _verb(verbs, "merge", _merge, "write base + adapter as a plain checkpoint")
     sub.add_argument("adapter", metavar="ADAPTER", help="directory of a saved adapter")
     sub.add_argument("out", metavar="OUT", help="directory for the merged model; new or empty")
@@ -71,13 +94,33 @@ def _verb(verbs, name: str, function, text: str) -> argparse.ArgumentParser:
     return sub
 
 
+def _take_settings(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
+    """Sort what follows `train` and `select` into the YAML and its overrides, wherever the options stand among them."""
+    if dashed := next((word for word in rest if word.startswith("-") or not hasattr(args, "settings")), None):
+        hint = ""
+        if hasattr(args, "settings") and dashed.startswith("--"):
+            hint = f"; a key of the YAML is given without dashes: {dashed.lstrip('-').partition('=')[0]}=VALUE"
+        parser.error(f"unrecognized argument {dashed}{hint}")
+    if hasattr(args, "settings"):
+        words = args.settings + rest
+        if args.config is None and not words:
+            parser.error(f"smt {args.name} needs a run: smt {args.name} RUN.yaml [key=value ...]")
+        args.overrides = words if args.config is not None else words[1:]
+        args.config = args.config or words[0]
+
+
 def _train(args: argparse.Namespace) -> None:
     from .training.schema import load_run
 
     run = load_run(args.config, args.overrides)
-    from .training.run import train
+    if args.dry_run:
+        from .training.dry_run import dry_run
 
-    train(run)
+        dry_run(run)
+    else:
+        from .training.run import train
+
+        train(run)
 
 
 def _select(args: argparse.Namespace) -> None:
@@ -87,6 +130,27 @@ def _select(args: argparse.Namespace) -> None:
     from .training.run import select
 
     select(run)
+
+
+def _schema(args: argparse.Namespace) -> None:
+    from .training.json_schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from .training.errors import ConfigError
+    from .training.schema import load_run
+
+    run = load_run(args.config, args.overrides)
+    from .plan.plan import plan
+    from .plan.table import size, table
+
+    try:
+        limit = None if args.memory is None else size(args.memory)
+    except ValueError as error:
+        raise ConfigError(f"--memory: {error}") from error
+    print(table(plan(run, limit=limit, device=args.device, processes=args.processes, sharded=args.sharded)))
 
 
 def _merge(args: argparse.Namespace) -> None:

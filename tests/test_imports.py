@@ -36,12 +36,13 @@ ALLOWED = {
         "selection",
         "tuner",
     },
-    "cli": {"bench", "export", "report", "say", "selection", "training"},
+    "plan": {"bases", "blocks", "config", "ops", "selection", "training", "tuner"},
+    "cli": {"bench", "export", "plan", "report", "say", "selection", "training"},
     "__init__": {"_register", "blocks", "config", "selection"},
 }
 # The hosts, and the rooms that may know them.
 HOSTS = {
-    "peft": {"_register", "bases", "config", "tuner", "export", "training"},
+    "peft": {"_register", "bases", "config", "tuner", "export", "plan", "training"},
     "bitsandbytes": {"bases"},
     "torchao": {"bases"},
     "hqq": {"bases"},

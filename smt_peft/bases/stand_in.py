@@ -253,13 +253,18 @@ def _grouped(func: Callable, x_TK: Tensor, weight: Tensor, offs: Tensor | None =
     view = weight.view_of
     if view.is_matrix or view.samples is not None or x_TK.ndim != 2 or offs is None:
         return NotImplemented
-    ends = offs.tolist()
+    ends = _even_ends(len(x_TK), len(offs)) if offs.is_meta else offs.tolist()
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     # The operation itself takes no part in autocast.
     with torch.autocast(x_TK.device.type, enabled=False):
         return _by_expert(
             weight.products, x_TK, counts, not view.transposed, lambda x, weight: func(x, weight, offs=offs)
         )
+
+
+def _even_ends(rows: int, experts: int) -> list[int]:
+    """Where each expert's rows end when all have as many: on the meta device nothing tells how they are routed."""
+    return [rows * (expert + 1) // experts for expert in range(experts)]
 
 
 def _by_expert(

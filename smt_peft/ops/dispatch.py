@@ -35,6 +35,9 @@ _SERVES = {"native": ("cpu", "cuda"), "triton": ("cuda",)}
 # Operations whose reference is not in reference.py.
 _REFERENCES = {"swap_linear": "swap", "swap_matmul": "swap", "block_scores": "scores", "block_adamw_": "adamw"}
 
+# Plain PyTorch wherever they run, so that on the meta device they allocate there what they do elsewhere.
+_PLAIN = ("block_scores",)
+
 _functions: dict[tuple[str, str], tuple[Callable, Callable]] = {}
 _served: set[tuple[str, str]] = set()
 
@@ -49,6 +52,8 @@ def pick(operation: str, *operands) -> Callable:
     Raises:
         RuntimeError: a forced backend cannot run the call; says why.
     """
+    if _is_meta(operands) and operation not in _PLAIN:
+        return _load("shapes", operation)[0]
     forced = _forced.get(operation)
     if forced is not None:
         function, why_not = _load(forced, operation)
@@ -155,14 +160,22 @@ def _load(backend: str, operation: str) -> tuple[Callable, Callable]:
     found = _functions.get((backend, operation))
     if found is None:
         # Imported late: nobody needs Triton, or a compiled library, before the first call that may use it.
-        if backend == "reference":
-            module = importlib.import_module(f".{_REFERENCES.get(operation, 'reference')}", __package__)
+        if backend in ("reference", "shapes"):
+            module = importlib.import_module(
+                f".{backend if backend == 'shapes' else _REFERENCES.get(operation, backend)}", __package__
+            )
             found = getattr(module, operation), _always
         else:
             module = importlib.import_module(f".{backend}", __package__)
             found = getattr(module, operation), getattr(module, f"why_not_{operation}")
         _functions[backend, operation] = found
     return found
+
+
+def _is_meta(operand: object) -> bool:
+    while isinstance(operand, (list, tuple)) and operand:
+        operand = operand[0]
+    return isinstance(operand, torch.Tensor) and operand.is_meta
 
 
 def _always(*_: object) -> None:

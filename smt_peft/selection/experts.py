@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bases.parameters import ParameterTarget
+from ..bases.sharded import is_offloaded
 from ..bases.stand_in import StandIn, replaced
 from ..bases.target import Target
 from ..blocks import BlockGrid, BlockSelection
@@ -70,7 +71,7 @@ class TappedProducts:
     def __init__(self, targets: list[ParameterTarget], tap):
         self.names = {target.expert: target.name for target in targets}
         self.name, self.weight, self.tap = targets[0].name.partition("[")[0], targets[0].stored, tap
-        if self.weight.is_meta:
+        if self.weight.is_meta and is_offloaded(targets[0].module):
             raise ValueError(
                 f"{self.name} is offloaded, so its products cannot be seen; load the model without offloading, or take "
                 "a score without data, such as 'diagonal'"

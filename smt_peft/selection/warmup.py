@@ -92,7 +92,7 @@ def select_blocks(
         # An expert's matrix is scored, and its blocks are spread, as a module's would be.
         tapped = matrices(targets)
         grids = {name: target.grid(config) for name, target in tapped.items()}
-        taps = _make_taps(tapped, grids, config, accumulator_device)
+        taps = make_taps(tapped, grids, config, accumulator_device)
         seen = _warm_up(model, config, taps, dataloader, num_batches, loss_fn, progress)
         scores = _finish(taps, seen)
         record = provenance(config.score_name, config, targets) | seen.record()
@@ -188,6 +188,8 @@ def _run(base: nn.Module, batches: Iterable, taps: Taps, loss_fn: LossFunction |
         with torch.set_grad_enabled(not forward_only):
             output = _forward(base, _moved(batch, device), loss_fn, seen.batches)
             if forward_only:
+                # Logits that nobody reads are not to lie there while the next batch makes its own.
+                del output
                 taps.close_batch()
                 continue
             loss = _loss(output, batch, seen.batches, given=loss_fn is not None)
@@ -272,12 +274,14 @@ def _loss(output: Any, batch: Any, number: int, given: bool) -> Tensor:
     return loss
 
 
-def _make_taps(
+def make_taps(
     targets: Mapping[str, Target],
     grids: Mapping[str, BlockGrid],
     config: SMTConfig,
     accumulator_device: torch.device | str | None,
+    shapes_only: bool = False,
 ) -> Taps:
+    """What scores each target; `shapes_only`: on the meta device, where weights are not read but for their shape."""
     if config.score == "activation":
         for name, target in targets.items():
             if target.is_table:
@@ -302,7 +306,7 @@ def _make_taps(
     if config.score == "taylor" or callable(config.score):
         for target in targets.values():
             check_readable(target, config.score_name)
-            if reason := why_absent(target.stored):
+            if not shapes_only and (reason := why_absent(target.stored)):
                 raise ValueError(
                     f"{target.name}: score={config.score_name!r} reads the weight, which is {reason}; take a score "
                     "that needs no weight values, such as 'grad_abs', or select before the model is sharded"

@@ -22,7 +22,7 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     # Not at run time: it loads TRL, which the process that verifies has no use for.
-    from .schema import RunConfig
+    from .keys import RunConfig
 
 
 def load_model(
@@ -56,6 +56,16 @@ def load_model(
 def load_base(config: RunConfig, device: torch.device | str) -> PreTrainedModel:
     """The base model of a run, quantised if the run says so."""
     return load_model(config.model_name_or_path, config.dtype, device, _quantization(config, device))
+
+
+def weightless(config: RunConfig) -> PreTrainedModel:
+    """The base model of a run on the meta device, in floats: its modules and shapes, and no weight read."""
+    name = config.model_name_or_path
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).eval()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"model_name_or_path: {name} cannot be built: {error}") from error
 
 
 def _quantization(config: RunConfig, device: torch.device | str) -> BitsAndBytesConfig | None:

@@ -14,7 +14,8 @@ from peft import get_peft_model_state_dict
 from transformers.trainer_utils import get_last_checkpoint
 
 from .errors import ConfigError
-from .schema import Run, RunConfig
+from .keys import RunConfig
+from .schema import Run
 from .tell import tell
 
 RUN, METRICS, SELECTION = "run.yaml", "metrics.json", "selection.safetensors"

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,13 +29,15 @@ from ..selection import select_blocks
 from ..tuner.delta import SMTBlocks
 from . import outputs
 from .compare import lora_config
-from .data import Data, load_data
+from .data.load import Data, load_data
 from .errors import ConfigError
 from .evaluate import exact_match
+from .keys import AUTO
 from .launched import all_or_none, forget_engine, unprepare, wait_for_everyone, whole_or_gathering
-from .model import load_base, load_tokenizer, passes_as_adapted
-from .schema import AUTO, Run
+from .model import load_base, load_tokenizer
+from .schema import Run
 from .tell import tell
+from .tokens import tokenising_trainer
 from .verify import verify_saved
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
@@ -50,7 +53,7 @@ class Prepared:
     trainer: SFTTrainer
 
     @property
-    def train_set(self) -> Dataset:
+    def train_set(self) -> Dataset | IterableDataset:
         return self.trainer.train_dataset
 
     @property
@@ -134,25 +137,9 @@ def prepare(run: Run) -> Prepared:
     """Load model, tokenizer and data; a trainer without an adapter tokenises as the training will see it."""
     set_seed(run.trainer.seed)
     tokenizer = load_tokenizer(run.config.model_name_or_path)
-    data = load_data(run.config, run.trainer.dataset_text_field)
+    data = load_data(run.config, run.trainer, tokenizer)
     model = load_base(run.config, run.trainer.device)
-    if "messages" in data.train.column_names and tokenizer.chat_template is None and not run.trainer.chat_template_path:
-        raise ConfigError(
-            "dataset_path holds messages, but the tokenizer has no chat template; name one in chat_template_path"
-        )
-    with passes_as_adapted(model):
-        trainer = SFTTrainer(
-            model=model,
-            args=copy.copy(run.trainer),
-            train_dataset=data.train,
-            eval_dataset=data.evaluation,
-            processing_class=tokenizer,
-        )
-    if len(trainer.train_dataset) == 0:
-        raise ConfigError(
-            f"max_length: no row keeps a token to learn from within {run.trainer.max_length} tokens; raise max_length"
-        )
-    return Prepared(model, tokenizer, data, trainer)
+    return Prepared(model, tokenizer, data, tokenising_trainer(run, model, tokenizer, data))
 
 
 def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
@@ -186,6 +173,8 @@ def make_trainer(
     for name, value in changed.items():
         setattr(args, name, value)
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    # The labels say it by now; of token ids TRL would not believe that there are assistants in them.
+    args.assistant_only_loss = False
     forget_engine(args)
     with _blaming("smt"):
         trainer = SFTTrainer(
@@ -306,7 +295,7 @@ def _optimizer(run: Run, args: SFTConfig) -> tuple[type[SMTAdamW], dict[str, Any
 
 def _verify(run: Run, prepared: Prepared, trainer: SFTTrainer, directory: Path) -> dict[str, Any]:
     rows = prepared.eval_set if prepared.eval_set is not None else prepared.train_set
-    sequences = [rows[i]["input_ids"] for i in range(min(4, len(rows)))]
+    sequences = [row["input_ids"] for row in islice(rows, 4)]
     selection, first = directory / outputs.SELECTION, trainer.is_world_process_zero()
     with all_or_none(first):
         return verify_saved(trainer.model, sequences, run.config.model_name_or_path, selection, directory, first)

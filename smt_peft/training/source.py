@@ -13,8 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from .errors import ConfigError
 
 
-def read_yaml(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, int]]:
-    """The settings of a file with overrides applied and interpolations resolved, and the line of every dotted key.
+def read_yaml(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Source]:
+    """The settings of a file with overrides applied and interpolations resolved, and where each of them stands.
 
     Raises:
         ConfigError: there is no file, or it is no mapping in valid YAML, or an override is no `key=value`.
@@ -26,12 +26,11 @@ def read_yaml(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dic
             raise ConfigError(f"command line: {override!r} is no override; write key=value, e.g. learning_rate=2e-4")
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        lines = dict(_key_lines(root)) if isinstance(root, yaml.MappingNode) else {}
         loaded = OmegaConf.load(path) if root is not None else OmegaConf.create({})
         if not isinstance(root, yaml.MappingNode | None):
             raise ConfigError(f"{path}, line 1: a run is a mapping of `key: value` lines")
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_container(merged, resolve=True), lines
+        return OmegaConf.to_container(merged, resolve=True), Source(str(path), dict(_lines(root)), overrides)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
@@ -40,29 +39,86 @@ def read_yaml(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dic
         raise ConfigError(f"{path}: {str(error).strip()}") from error
 
 
-def _key_lines(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, int]]:
-    for key, value in node.value:
-        yield prefix + str(key.value), key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            yield from _key_lines(value, f"{prefix}{key.value}.")
+def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """The line of every key and list item, as dotted paths: `smt.target_modules.1`."""
+    children: list[tuple[str, yaml.Node, yaml.Node]] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [(str(key.value), key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        children = [(str(number), item, item) for number, item in enumerate(node.value)]
+    for name, begin, value in children:
+        yield prefix + name, begin.start_mark.line + 1
+        yield from _lines(value, f"{prefix}{name}.")
+
+
+class Source:
+    """Where the keys of a run stand: on a line of the file, on the command line, or nowhere.
+
+    A key is a dotted path, `smt.density` or `dataset_path.1`. What is not found itself stands where its parent does.
+
+    Args:
+        path: of the file.
+        lines: of its keys, counted from 1.
+        overrides: the `key=value` of the command line.
+    """
+
+    def __init__(self, path: str, lines: Mapping[str, int], overrides: Sequence[str] = ()):
+        self.path, self.lines = path, lines
+        self.overridden = {override.split("=", 1)[0] for override in overrides}
+        self.written_as: dict[str, str] = {}
+
+    def rename(self, alias: str, key: str) -> None:
+        """`key` stands where `alias` does."""
+        self.written_as[key] = alias
+
+    def line(self, key: str) -> int | None:
+        return next((self.lines[part] for part in self._path(key) if part in self.lines), None)
+
+    def is_overridden(self, key: str) -> bool:
+        return any(part in self.overridden for part in self._path(key))
+
+    def place(self, key: str) -> str:
+        """For messages: `run.yaml, line 3 (lr)`, `command line`, or the file alone."""
+        line, alias = self.line(key), f" ({self.written_as[key]})" if key in self.written_as else ""
+        if self.is_overridden(key):
+            return "command line" + alias
+        return f"{self.path}, line {line}{alias}" if line else self.path
+
+    def origin(self, key: str) -> str:
+        """For lists of values: `line 3`, `line 3, as lr`, `command line` or `default`."""
+        alias = f", as {self.written_as[key]}" if key in self.written_as else ""
+        if self.is_overridden(key):
+            return "command line" + alias
+        found = next((part for part in self._path(key) if part in self.lines), "")
+        # A block that is given says nothing of what it leaves out.
+        return f"line {self.lines[found]}{alias}" if found == self._written(key) else "default"
+
+    def _written(self, key: str) -> str:
+        return self.written_as.get(key, key)
+
+    def _path(self, key: str) -> Iterator[str]:
+        """The key as it was written, then its parents."""
+        parts = key.split(".")
+        for end in range(len(parts), 0, -1):
+            yield self._written(".".join(parts[:end]))
 
 
 class Errors:
     """Everything that is wrong with a run, each with its place; raised at once."""
 
-    def __init__(self, path: str, lines: Mapping[str, int], overrides: Sequence[str]):
-        self.path, self.lines, self.messages = path, lines, []
-        self.overridden = {override.split("=", 1)[0] for override in overrides}
+    def __init__(self, source: Source):
+        self.source = source
+        self.messages: list[tuple[int, str]] = []
+        self.subjects: set[str] = set()
 
-    def add(self, key: str, message: str) -> None:
-        """Note an error; `key` says which line it is laid to."""
-        line = self.lines.get(key) or self.lines.get(key.split(".")[0])
-        place = "command line" if key in self.overridden else f"{self.path}, line {line}" if line else self.path
-        self.messages.append((line or 0, f"{place}: {message}"))
+    def add(self, key: str, message: str, subject: str = "") -> None:
+        """Note an error; `key` says which line it is laid to, `subject` which key has no value because of it."""
+        self.subjects.add(subject)
+        self.messages.append((self.source.line(key) or 0, f"{self.source.place(key)}: {message}"))
 
     def about(self, part: str) -> bool:
         """Whether an error speaks of `part` already."""
-        return any(part in message for _, message in self.messages)
+        return part in self.subjects or any(part in message for _, message in self.messages)
 
     def raise_any(self) -> None:
         """Raise `ConfigError` with all errors, in the order of their lines, if there is any."""

@@ -37,6 +37,9 @@ class SMTBlocks(nn.Module):
         self.weight = nn.Parameter(torch.zeros(num_blocks, *grid.block_shape))
         self.register_buffer("index", torch.zeros(num_blocks, 2, dtype=torch.int32))
         self._layout: tuple[tuple, BlockLayout] | None = None
+        # Stands for the layout on the meta device, see `BlockLayout.sketch`: layers take the forward there that they
+        # take with values, so that what a model is going to hold can be counted before its weights are there.
+        self.sketch: BlockLayout | None = None
         self._padding = 0
 
     @property
@@ -58,7 +61,8 @@ class SMTBlocks(nn.Module):
                 f"{self.grid.cols} weight, as under tensor parallelism, which SMT does not support; shard the model "
                 "with FSDP2 or ZeRO-3, or leave this module out of the parallel plan"
             )
-        add = ops.block_add_traceable if is_traced() or self.index.is_meta else ops.block_add
+        shapes_only = self.index.is_meta and self.sketch is None
+        add = ops.block_add_traceable if is_traced() or shapes_only else ops.block_add
         return add(y, x, self.weight, self.layout())
 
     def layout(self) -> BlockLayout:
@@ -72,7 +76,7 @@ class SMTBlocks(nn.Module):
             return self._layout[1]
         if self.index.is_meta:
             # For shapes alone.
-            return BlockLayout(self.grid, self.index)
+            return self.sketch or BlockLayout(self.grid, self.index)
         version = 0 if self.index.is_inference() else self.index._version
         key = (id(self.index), version, self.index.device)
         if self._layout is None or self._layout[0] != key:

@@ -100,7 +100,8 @@ class ParameterLayer(nn.Module, SMTLayer):
             RuntimeError: the parameter is not to be had, or `forward='swap'` is set and cannot run.
         """
         active, weight = self.acting(), self.stored_weight()
-        if reason := _why_not_plain(weight):
+        sketched = all(self.smt_blocks[name].sketch is not None for name in active)
+        if reason := _why_not_plain(weight, sketched):
             raise RuntimeError(f"{self.smt_name}: {reason}, which SMT does not serve for bare parameters")
         forwards = {self.smt_forward[name] for name in active}
         wanted = "swap" if "swap" in forwards else self.smt_forward[active[0]]
@@ -232,10 +233,10 @@ class _Lock:
         return _Lock, ()
 
 
-def _why_not_plain(weight: Tensor) -> str | None:
+def _why_not_plain(weight: Tensor, sketched: bool = False) -> str | None:
     if type(weight) is not nn.Parameter:
         return f"the parameter is a {type(weight).__name__}"
-    if weight.is_meta or hasattr(weight, "ds_id"):
+    if (weight.is_meta and not sketched) or hasattr(weight, "ds_id"):
         return "the parameter is offloaded or partitioned"
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         return f"the parameter is stored as {weight.dtype}"

@@ -17,7 +17,7 @@ def why_not_fused(base: nn.Module, blocks: nn.Module, x: Tensor) -> str | None:
     # By exact type: a subclass (quantised, parametrized, sharded) may compute something else in its forward.
     if type(base) not in (nn.Linear, Conv1D):
         return f"the base layer is a {type(base).__name__}"
-    return why_not_bypassed(base, blocks) or _why_not_weight(base, blocks.weight) or _why_not_input(base.weight, x)
+    return why_not_bypassed(base, blocks) or _why_not_weight(base, blocks) or _why_not_input(base.weight, x)
 
 
 def why_not_bypassed(base: nn.Module, blocks: nn.Module) -> str | None:
@@ -32,15 +32,15 @@ def why_not_bypassed(base: nn.Module, blocks: nn.Module) -> str | None:
     return None
 
 
-def _why_not_weight(base: nn.Module, delta: Tensor) -> str | None:
-    weight = base.weight
+def _why_not_weight(base: nn.Module, blocks: nn.Module) -> str | None:
+    weight, delta = base.weight, blocks.weight
     if type(weight) is not nn.Parameter:
         return f"the weight is a {type(weight).__name__}"
     if weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return "the base layer is trained too"
     if hasattr(weight, "ds_id"):
         return "the weight is partitioned by DeepSpeed ZeRO-3"
-    if weight.ndim != 2 or not weight.is_contiguous() or weight.is_meta:
+    if weight.ndim != 2 or not weight.is_contiguous() or (weight.is_meta and blocks.sketch is None):
         return "the weight is no contiguous matrix"
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         return f"the weight is stored as {weight.dtype}"

@@ -175,6 +175,14 @@ def _by_expert(layout: BlockLayout, experts: int) -> tuple[list[int], list[Block
     return found
 
 
+def sketch(layout: BlockLayout, experts: int) -> BlockLayout:
+    """`layout.sketch()` for a parameter of that many experts, which its products can be split by."""
+    sketched = layout.sketch()
+    counts, layouts = _split_layout(layout, experts)
+    _split[sketched] = counts, [each and each.sketch() for each in layouts]
+    return sketched
+
+
 def _split_layout(layout: BlockLayout, experts: int) -> tuple[list[int], list[BlockLayout | None]]:
     whole = layout.grid
     grid = BlockGrid(whole.rows // experts, whole.cols, *whole.block_shape)

@@ -13,20 +13,72 @@ from transformers import AutoModelForCausalLM
 from smt_peft import cli
 from smt_peft.training.errors import ConfigError
 
+# A new verb is a promise, as a new key is: tests/training/test_schema.py lists those.
+VERBS = {"train", "select", "plan", "schema", "merge", "bench", "env"}
 
-def test_help_loads_no_torch_and_names_the_verbs():
-    """Loaded as a file: `import smt_peft` itself needs torch."""
+
+def test_the_verbs_are_these():
+    (verbs,) = (action.choices for action in cli._parser()._actions if action.dest != "help")
+    assert verbs.keys() == VERBS
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["RUN", "max_steps=3", "seed=1"],
+        ["--config", "RUN", "max_steps=3", "seed=1"],
+        ["max_steps=3", "--config", "RUN", "seed=1"],
+        ["RUN", "max_steps=3", "--dry-run", "seed=1"],
+        ["--dry-run", "RUN", "max_steps=3", "--traceback", "seed=1"],
+    ],
+)
+def test_settings_may_stand_anywhere_among_the_options(workshop, monkeypatch, words):
+    path = str(workshop.write("anywhere"))
+    runs = []
+    for module, name in (("run", "train"), ("dry_run", "dry_run")):
+        monkeypatch.setattr(f"smt_peft.training.{module}.{name}", runs.append)
+    assert cli.main(["train", *(path if word == "RUN" else word for word in words)]) == 0
+    assert (runs[0].trainer.max_steps, runs[0].trainer.seed) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train"], "smt train needs a run: smt train RUN.yaml [key=value ...]"),
+        (["train", "run.yaml", "--learning_rate", "1e-4"], "is given without dashes: learning_rate=VALUE"),
+        (["select", "run.yaml", "--dry-run"], "unrecognized argument --dry-run"),
+        (["merge", "a", "b", "c"], "unrecognized argument c"),
+    ],
+)
+def test_what_the_command_line_does_not_take(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def through_the_command(*words: str, after: str) -> subprocess.CompletedProcess:
+    """What an installed `smt` runs, in a process of its own, and then a line of Python."""
     code = (
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('cli', {str(ROOT / 'smt_peft' / 'cli.py')!r})\n"
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
-        "try: module.main(['--help'])\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
-        "assert 'torch' not in sys.modules"
+        f"import sys, smt_main\ntry: status = smt_main.main()\nexcept SystemExit as stop: status = stop.code\n{after}"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train"]])
+def test_help_imports_nothing_heavy(words):
+    heavy = "{'torch', 'transformers', 'peft', 'trl', 'pydantic', 'smt_peft'}"
+    done = through_the_command(*words, after=f"assert not {heavy} & sys.modules.keys()")
     assert done.returncode == 0, done.stderr
-    assert all(verb in done.stdout for verb in ("train", "select", "merge"))
+    if words == ["--help"]:
+        assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_the_command_runs_the_verbs_of_the_package():
+    done = through_the_command("select", "nowhere.yaml", after="import smt_peft.cli as c; sys.exit(status + 10)")
+    assert done.returncode == 12, done.stderr
+    assert "smt select: there is no YAML file at nowhere.yaml" in done.stderr
 
 
 def test_an_error_in_the_yaml_ends_with_status_2_and_no_traceback(workshop):

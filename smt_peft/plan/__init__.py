@@ -1,0 +1,1 @@
+"""What a run will take of memory, told before any weight is loaded."""

@@ -1,0 +1,93 @@
+"""What keys of a run must have in common with each other, and with the files they name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .data.source import file_errors, mixture_errors
+from .keys import AUTO, SMT_OPTIMIZERS, TRAINER_OPTIMIZERS
+from .source import Errors
+
+
+def check_presence(flat: Mapping[str, Any], errors: Errors) -> None:
+    repairs = {
+        "model_name_or_path": "name the base model: a directory or a name on the Hub",
+        "output_dir": "name the directory that the run is to be saved in",
+    }
+    for key, repair in repairs.items():
+        if flat.get(key) is None and not errors.about(key):
+            errors.add(key, f"{key} is missing; {repair}")
+    given = ("dataset_path", "dataset_name", "dataset_mixture")
+    sources = [key for key in given if flat.get(key) is not None]
+    # A Hub data set may be there for its test split only.
+    if (
+        len(sources) != 1
+        and not any(map(errors.about, given))
+        and not (sources == ["dataset_name", "dataset_mixture"] and flat.get("dataset_test_split"))
+    ):
+        found = f"{' and '.join(sources)} are set" if sources else "none is set"
+        errors.add("dataset_path", f"exactly one of {', '.join(given[:2])} and {given[2]} is needed, {found}")
+    steps = flat.get("max_steps")
+    if flat.get("dataset_streaming") is True and not (isinstance(steps, int) and steps > 0):
+        errors.add("dataset_streaming", "dataset_streaming needs max_steps: a stream does not say how long an epoch is")
+    has_eval = flat.get("eval_dataset_path") is not None or flat.get("dataset_test_split") is not None
+    if flat.get("eval_exact_match") is True and not has_eval:
+        errors.add("eval_exact_match", "eval_exact_match needs an evaluation set; name one in eval_dataset_path")
+    for key in ("smt.warmup_batches", "generation_max_new_tokens", "generation_batch_size"):
+        if isinstance(flat.get(key), int) and flat[key] < 1:
+            errors.add(key, f"{key} must be at least 1, got {flat[key]}")
+
+
+def check_quantisation(good: Mapping[str, Any], errors: Errors) -> None:
+    asked = [key for key in ("load_in_4bit", "load_in_8bit") if good.get(key)]
+    if len(asked) == 2:
+        errors.add("load_in_8bit", "load_in_8bit and load_in_4bit are both set; keep one of them")
+    elif asked and find_spec("bitsandbytes") is None:
+        errors.add(asked[0], f"{asked[0]} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    # The defaults pass: the resolved keys of a run, which is read again, hold them.
+    for key, default in (("bnb_4bit_quant_type", "nf4"), ("bnb_4bit_use_double_quant", False)):
+        if good.get(key, default) != default and "load_in_4bit" not in asked:
+            errors.add(key, f"{key} has no effect without load_in_4bit: true; set that, or leave the key out")
+
+
+def check_files(good: Mapping[str, Any], errors: Errors) -> None:
+    for key in ("dataset_path", "eval_dataset_path"):
+        for place, fault in file_errors(good.get(key)):
+            errors.add(key + place, f"{key}: {fault}")
+    if good.get("dataset_mixture") is not None:
+        for place, fault in mixture_errors(good["dataset_mixture"]):
+            errors.add("dataset_mixture" + place, fault)
+    model = good.get("model_name_or_path")
+    if model is not None:
+        directory = Path(model).expanduser()
+        # `a/b` may be a name on the Hub, unless `a` is a directory here.
+        local = (
+            directory.exists()
+            or model.startswith((".", "/", "~"))
+            or directory.parts[:1] != directory.parts
+            and (len(directory.parts) > 2 or Path(directory.parts[0]).is_dir())
+        )
+        if local and not (directory / "config.json").is_file():
+            what = "holds no config.json, so no model" if directory.is_dir() else "does not exist"
+            errors.add("model_name_or_path", f"model_name_or_path: the directory {model} {what}")
+    selection = good.get("smt.selection", AUTO)
+    if selection != AUTO and not Path(selection).is_file():
+        errors.add(
+            "smt.selection", f"smt.selection: there is no file {selection}; make it with `smt select`, or say auto"
+        )
+
+
+def check_optim(trainer: Mapping[str, Any], errors: Errors) -> None:
+    name = trainer.get("optim")
+    if name is None or name in TRAINER_OPTIMIZERS:
+        return
+    if name not in SMT_OPTIMIZERS:
+        near = difflib.get_close_matches(name, [*SMT_OPTIMIZERS, *TRAINER_OPTIMIZERS], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"say {', '.join(SMT_OPTIMIZERS)} or one of transformers'"
+        errors.add("optim", f"optim: there is no optimizer {name!r}; {hint}")
+    elif trainer.get("optim_args"):
+        errors.add("optim_args", f"optim_args: {name} takes none, got {trainer['optim_args']!r}; leave the key out")

@@ -1,0 +1,75 @@
+"""What `smt train` would do, told without reading a weight or writing a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from datasets import IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+from trl import SFTTrainer
+
+from ..bases.targets import find_targets
+from ..selection.budget import make_scopes
+from ..selection.experts import matrices
+from . import outputs
+from .data.load import Data, load_data
+from .errors import ConfigError
+from .model import load_tokenizer, weightless
+from .sample import render_sample
+from .schema import Run
+from .settings import render_settings
+from .tell import tell
+from .tokens import tokenising_trainer
+
+FIRST_ROWS = 64
+
+
+def dry_run(run: Run) -> None:
+    """Print the settings, the data set, the targets and one sample.
+
+    Raises:
+        ConfigError: what `train` would refuse as well, as far as it shows without weights.
+    """
+    disable_progress_bar()
+    outputs.check_output_dir(run)
+    tell(render_settings(run))
+    tokenizer = load_tokenizer(run.config.model_name_or_path)
+    data = load_data(run.config, run.trainer, tokenizer)
+    model = weightless(run.config)
+    tell(_targets(run, model))
+    tell(render_sample(_tokenised(run, model, tokenizer, data), tokenizer))
+
+
+def _tokenised(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data) -> SFTTrainer:
+    """The first rows alone, if they hold one to learn from: all would take as long as in a training."""
+    rows = FIRST_ROWS if isinstance(data.train, IterableDataset) else min(FIRST_ROWS, len(data.train))
+    few = replace(data, train=data.train.take(rows), evaluation=None)
+    try:
+        return tokenising_trainer(run, model, tokenizer, few)
+    except ConfigError:
+        return tokenising_trainer(run, model, tokenizer, replace(data, evaluation=None))
+
+
+def _targets(run: Run, model: PreTrainedModel) -> str:
+    """What the `smt:` block names, and how much of it may be trained."""
+    try:
+        targets = find_targets(model, run.smt)
+        grids = {name: matrix.grid(run.smt) for name, matrix in matrices(targets).items()}
+        scopes = make_scopes(grids, run.smt)
+    except ValueError as error:
+        raise ConfigError(f"smt: {error}") from error
+    weights = sum(grid.numel for grid in grids.values())
+    budget = sum(scope.budget for scope in scopes)
+    unit = "blocks" if run.smt.num_blocks is not None else "weights"
+    return f"smt: {len(grids):,} matrices of {weights:,} weights ({_kinds(grids)}), a budget of {budget:,} {unit}"
+
+
+def _kinds(names: Iterable[str]) -> str:
+    """`q_proj 2, experts.down_proj 8`: how many there are of each name, layers and experts aside."""
+    counts: dict[str, int] = {}
+    for name in names:
+        kind = name.partition("[")[0].rpartition(".")[2]
+        counts[kind] = counts.get(kind, 0) + 1
+    return ", ".join(f"{kind} {count:,}" for kind, count in counts.items())

@@ -1,0 +1,116 @@
+"""The keys of a run as a JSON schema, by which an editor completes and checks a YAML while it is written."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields
+from enum import Enum
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import TypeAdapter
+from trl import SFTConfig
+
+from ..config import BUDGETS, SCORES, SMTConfig
+from .aliases import ALIASES
+from .keys import SMT_OPTIMIZERS, TRAINER_OPTIMIZERS, RunConfig, Warmup, known_keys
+from .values import adapter
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+# `${run_name}` may stand for a value of any type.
+_INTERPOLATION = {"type": "string", "pattern": r"^\$\{"}
+_REQUIRED = (("model_name_or_path",), ("output_dir",), ("dataset_path", "dataset_name", "dataset_mixture"))
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema (draft 2020-12) of a whole file.
+
+    What one key alone shows to be wrong is refused; what takes two keys or a look at the disk is left to `smt train`.
+    """
+    hints = {key: _tightened(key, hint) for key, hint in known_keys().items()}
+    hints |= {name: alias.hint or hints[alias.key] for name, alias in ALIASES.items()}
+    schemas, shared = TypeAdapter.json_schemas([(key, "validation", adapter(hint)) for key, hint in hints.items()])
+    notes = _notes()
+    properties = {key: notes.get(key, {}) | _or_interpolated(schemas[key, "validation"]) for key in hints}
+    block = {key.removeprefix("smt."): properties.pop(key) for key in list(properties) if key.startswith("smt.")}
+    return {
+        "$schema": DIALECT,
+        "title": "A run of smt train",
+        "type": "object",
+        "properties": properties | {"smt": _object(block, "Which blocks of which weights train: fields of SMTConfig.")},
+        "additionalProperties": False,
+        "allOf": [{"anyOf": [{"required": [name]} for name in _names(keys)]} for keys in _REQUIRED],
+        "$defs": shared.get("$defs", {}),
+    }
+
+
+def _object(properties: dict[str, Any], description: str) -> dict[str, Any]:
+    return {
+        "description": description,
+        "type": ["object", "null"],
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+def _names(keys: tuple[str, ...]) -> list[str]:
+    """Keys and their aliases."""
+    return [*keys, *(name for name, alias in ALIASES.items() if alias.key in keys)]
+
+
+def _tightened(key: str, hint: Any) -> Any:
+    """The type without values that are refused later, and with what the reader of a file takes for one."""
+    choices = {
+        "optim": Literal[(*SMT_OPTIMIZERS, *TRAINER_OPTIMIZERS)],
+        "smt.score": Literal[SCORES],
+        "smt.budget": Literal[BUDGETS] | dict[str, float],
+    }
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
+    if any(isinstance(part, type) and issubclass(part, Enum) for part in parts):
+        # The `str` beside an enumeration says that it is given by name, not that any text will do.
+        hint = Union[tuple(part for part in parts if part is not str)]  # noqa: UP007
+    if key.endswith("_strategy"):
+        # YAML 1.1 reads a bare `no` as false.
+        hint = Union[hint, Literal[False]]  # noqa: UP007
+    return choices.get(key, hint)
+
+
+def _or_interpolated(schema: dict[str, Any]) -> dict[str, Any]:
+    alternatives = schema.get("anyOf", [schema])
+    return schema if {"type": "string"} in alternatives else {"anyOf": [*alternatives, _INTERPOLATION]}
+
+
+def _notes() -> dict[str, dict[str, Any]]:
+    """What an editor shows of a key besides its type."""
+    notes: dict[str, dict[str, Any]] = {key: {"description": text} for key, text in _descriptions().items()}
+    for prefix, owner in (("", SFTConfig), ("", RunConfig), ("smt.", SMTConfig), ("smt.", Warmup)):
+        for field in fields(owner):
+            if isinstance(field.default, (bool, int, float, str)):
+                notes.setdefault(prefix + field.name, {})["default"] = field.default
+    for name, alias in ALIASES.items():
+        said = f"{'Converted to' if alias.convert else 'Another name of'} `{alias.key}`"
+        notes[name] = {"deprecated": True, "description": f"{said}{'; ' if alias.note else ''}{alias.note}."}
+    return notes
+
+
+def _descriptions() -> dict[str, str]:
+    """What the fields say of themselves, or else what the docstring of their class says of them."""
+    helps = {field.name: field.metadata["help"] for field in fields(SFTConfig) if "help" in field.metadata}
+    smt = documented(SMTConfig) | documented(Warmup)
+    return documented(SFTConfig) | helps | documented(RunConfig) | {f"smt.{name}": text for name, text in smt.items()}
+
+
+def documented(owner: type) -> dict[str, str]:
+    """The entries of the `Args:` section of a docstring, each as one paragraph."""
+    section = (inspect.getdoc(owner) or "").partition("Args:\n")[2]
+    entries: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line and not line.startswith(" "):
+            break
+        if found := re.match(r" {4}(\w+)(?: \(.*\))?:(.*)", line):
+            name, line = found.groups()
+        if name:
+            entries[name] = f"{entries.get(name, '')} {line.strip()}".strip()
+    return entries

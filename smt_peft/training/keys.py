@@ -1,0 +1,125 @@
+"""The keys of a run and their types: TRL's `SFTConfig`, a few of our own, and `SMTConfig`'s in the `smt:` block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_type_hints
+
+from transformers.training_args import OptimizerNames
+from trl import SFTConfig
+
+from ..config import SMTConfig
+from ..selection.warmup import WARMUP_BATCHES
+from .aliases import ALIASES
+
+AUTO = "auto"
+TRAINER_OPTIMIZERS = tuple(name.value for name in OptimizerNames)
+# What `optim` may be besides the trainer's own: `SMTAdamW`, by the `state_dtype` of its moments.
+SMT_OPTIMIZERS = {"smt_adamw": "float32", "smt_adamw_bf16": "bfloat16", "smt_adamw_8bit": "8bit"}
+# Fields of SFTConfig that would do nothing here, or something unsafe, or that no YAML can hold.
+INEFFECTIVE = {
+    "trust_remote_code",
+    "model_init_kwargs",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "local_rank",
+    "parallelism_config",
+}
+# Fields of SMTConfig that a file of PEFT holds, or that a run fills in itself.
+_INTERNAL = {
+    "peft_type",
+    "peft_version",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "block_pattern",
+    "base_fingerprint",
+    "base_quantization",
+    "fan_in_fan_out",
+}
+
+
+@dataclass
+class RunConfig:
+    """The keys of a run that are neither TRL's nor SMT's.
+
+    Args:
+        model_name_or_path: the base model: a local directory or a name on the Hub.
+        dtype: of the base weights; None stands for float32 on a CPU and `"auto"` (the checkpoint's own) elsewhere.
+        load_in_4bit: quantise the base to 4 bits with bitsandbytes while it is loaded; `dtype` is then that of the
+            computation.
+        load_in_8bit: the same to 8 bits.
+        bnb_4bit_quant_type: the 4-bit code.
+        bnb_4bit_use_double_quant: keep the scales of 4-bit weights in 8 bits.
+        dataset_path: one or more local files: jsonl, json, csv or parquet.
+        dataset_name: a data set on the Hub, instead of `dataset_path`.
+        dataset_config: its configuration, where it has several.
+        dataset_train_split: the split of `dataset_name` to train on.
+        dataset_test_split: the split of `dataset_name` to evaluate on.
+        eval_dataset_path: local files to evaluate on.
+        dataset_mixture: several sources to train on, instead of either: each with `path` (local files) or `name` (with
+            `config` and `split`), with its `format`, and with a `weight` to draw by, or without to take all rows.
+        dataset_mixture_stopping_strategy: where the draw ends: as soon as one source has run out, so that no row comes
+            twice; or when all have, smaller ones over and over.
+        dataset_format: the form of the rows; `"auto"`: by their columns.
+        dataset_streaming: read the training rows as they are needed, in their order; takes `max_steps`.
+        on_broken_row: stop at the first row that cannot be used, or skip all of them and say how many.
+        eval_exact_match: complete the prompts of the evaluation set greedily, before and after training, and count
+            the completions that equal the expected one, surrounding blanks aside.
+        generation_max_new_tokens: length limit of such a completion.
+        generation_batch_size: prompts completed at once.
+        compare_lora: train PEFT's LoRA too, from the same base, on the same modules with as many trainable weights.
+        compare_lora_learning_rate: its learning rate; None stands for `learning_rate`.
+        verify: read the saved adapter back in a fresh process and compare.
+    """
+
+    model_name_or_path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = False
+    dataset_path: str | list[str] | None = None
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str | None = None
+    eval_dataset_path: str | list[str] | None = None
+    dataset_mixture: list[dict[str, Any]] | None = None
+    dataset_mixture_stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    dataset_format: Literal["auto", "tokenised", "messages", "sharegpt", "prompt/completion", "alpaca", "text"] = AUTO
+    dataset_streaming: bool = False
+    on_broken_row: Literal["stop", "skip"] = "stop"
+    eval_exact_match: bool = False
+    generation_max_new_tokens: int = 64
+    generation_batch_size: int = 64
+    compare_lora: bool = False
+    compare_lora_learning_rate: float | None = None
+    verify: bool = True
+
+
+@dataclass
+class Warmup:
+    """The keys of the `smt:` block that are not the tuner's.
+
+    Args:
+        selection: `auto`, or the path of a selection file.
+        warmup_batches: batches that the selection looks at; of several processes, each looks at as many.
+    """
+
+    selection: str = AUTO
+    warmup_batches: int = WARMUP_BATCHES
+
+
+def known_keys() -> dict[str, Any]:
+    """Every key of a run with its type; those of the nested block start with `smt.`."""
+    theirs = get_type_hints(SFTConfig)
+    names = [field.name for field in fields(SFTConfig) if field.name not in INEFFECTIVE | ALIASES.keys()]
+    hints = {name: theirs[name] for name in names} | {"resume_from_checkpoint": bool | str | None}
+    smt = get_type_hints(SMTConfig)
+    smt = {field.name: smt[field.name] for field in fields(SMTConfig) if field.name not in _INTERNAL}
+    smt |= get_type_hints(Warmup) | {"score": str}
+    return hints | get_type_hints(RunConfig) | {f"smt.{name}": hint for name, hint in smt.items()}

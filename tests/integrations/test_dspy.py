@@ -1,0 +1,390 @@
+"""The DSPy plugin against DSPy itself, offline: programs bootstrapped, tuned, merged, and called again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import CancelledError
+
+import pytest
+import torch
+
+pytest.importorskip("dspy", reason="make dspy")
+pytest.importorskip("trl")
+
+import dspy
+from dspy.clients.provider import TrainingJob
+from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
+from dspy.utils import DummyLM
+from farm import EXAMPLES, FARM, QUICK, SMT, Sounds, right, row, rows, save_model, score, scripted
+from peft import LoraConfig, PeftModel, PromptTuningConfig
+from transformers import AutoModelForCausalLM
+
+from smt_peft import SMTConfig
+from smt_peft.export.merge import load_adapter
+from smt_peft.integrations.dspy import BootstrapFinetune, LocalLM, SMTProvider
+from smt_peft.training.errors import ConfigError
+
+CHAT = TrainDataFormat.CHAT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def apart(tmp_path_factory):
+    """One thread, no cache on the disk, and nothing that DSPy writes lies outside of the tests' directory."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    dspy.configure_cache(enable_disk_cache=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSPY_FINETUNEDIR", str(tmp_path_factory.mktemp("finetune")))
+        yield
+    torch.set_num_threads(threads)
+    # DSPy loads it when it is needed, and it fetches prices as it is loaded.
+    assert "litellm" not in sys.modules
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(save_model(tmp_path_factory.mktemp("dspy") / "model"))
+
+
+def student_of(model: str, **settings) -> Sounds:
+    program = Sounds()
+    program.set_lm(LocalLM(model, **{"max_tokens": 24, "temperature": 0, **settings}))
+    return program
+
+
+@pytest.fixture(scope="module")
+def tuned(model) -> Sounds:
+    """Bootstrapped from a teacher who is wrong about the cow, and tuned by SMT."""
+    compiler = BootstrapFinetune(metric=right, train_kwargs={**QUICK, "smt": SMT})
+    return compiler.compile(student_of(model), trainset=EXAMPLES, teacher=scripted(cow="oink"))
+
+
+def run_of(program: Sounds):
+    from pathlib import Path
+
+    return Path(program.speak.lm.model).parent
+
+
+def last_tokens_alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class TestBootstrapping:
+    def test_a_tuned_program_answers_where_the_student_could_not(self, model, tuned):
+        assert score(student_of(model)) == 0
+        # Four of five: nobody taught it the cow.
+        assert score(tuned) == 80
+        assert {tuned(word=word).sound for word in ("cat", "dog", "car", "bell")} == {"meow", "woof", "vroom", "ding"}
+
+    def test_both_predictors_call_one_tuned_model_beside_their_base(self, model, tuned):
+        assert tuned.classify.lm is tuned.speak.lm
+        assert tuned.speak.lm.model != model
+        assert isinstance(tuned.speak.lm, LocalLM)
+
+    def test_traces_that_fail_the_metric_are_not_trained_on(self, tuned):
+        data = (run_of(tuned) / "train.jsonl").read_text()
+        assert len(data.splitlines()) == 8
+        assert "oink" not in data and "cow" not in data
+
+    def test_the_count_of_traces_is_told(self, model, caplog):
+        compiler = BootstrapFinetune(metric=right)
+        traces = [
+            {"prediction": dspy.Prediction(sound=sound), "trace": [], "score": sound == "moo"} for sound in ("moo", "oink")
+        ]
+        with caplog.at_level("INFO", logger="smt_peft"):
+            compiler._prepare_finetune_data(traces, LocalLM(model))
+        assert "1 of 2 traces are trained on (0 unreadable, 1 failed by the metric): 0 rows" in caplog.text
+
+    def test_the_model_is_base_plus_delta_bit_for_bit(self, tuned):
+        merged = AutoModelForCausalLM.from_pretrained(run_of(tuned) / "model").state_dict()
+        expected = load_adapter(run_of(tuned) / "run").merge_and_unload().state_dict()
+        assert last_tokens_alike(merged, expected)
+        base = AutoModelForCausalLM.from_pretrained(
+            json.loads((run_of(tuned) / "run" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        ).state_dict()
+        changed = [name for name in base if not torch.equal(base[name], merged[name])]
+        assert len(changed) == 14 and all("_proj" in name for name in changed)
+
+    def test_each_predictor_may_have_a_model_of_its_own(self, model):
+        compiler = BootstrapFinetune(
+            metric=right, multitask=False, num_threads=2, train_kwargs={**QUICK, "smt": SMT, "max_steps": 40}
+        )
+        program = compiler.compile(student_of(model), trainset=EXAMPLES, teacher=scripted())
+        assert program.classify.lm.model != program.speak.lm.model
+        data = [json.loads(line) for line in (run_of(program) / "train.jsonl").read_text().splitlines()]
+        assert len(data) == len(FARM) and all("sound" in item["completion"][0]["content"] for item in data)
+        assert score(program) == 100
+
+    def test_an_answer_that_cannot_be_read_is_left_out(self, model):
+        teacher = scripted()
+        teacher.classify.lm = DummyLM({word: {"kind": kind} for word, (kind, _) in FARM.items() if word != "cow"})
+        compiler = BootstrapFinetune(metric=right, train_kwargs={**QUICK, "smt": SMT, "max_steps": 1})
+        program = compiler.compile(student_of(model), trainset=EXAMPLES, teacher=teacher)
+        assert "cow" not in (run_of(program) / "train.jsonl").read_text()
+
+    def test_a_metric_that_nothing_passes_is_an_error_with_counts(self, model):
+        compiler = BootstrapFinetune(metric=right)
+        teacher = scripted(**{word: "oink" for word in FARM})
+        with pytest.raises(ValueError, match=r"none of the 5 traces is left .* \(0 unreadable, 5 failed"):
+            compiler.compile(student_of(model), trainset=EXAMPLES, teacher=teacher)
+        with pytest.raises(ConfigError, match="there is not one row"):
+            dspy.BootstrapFinetune(metric=right).compile(student_of(model), trainset=EXAMPLES, teacher=teacher)
+
+    def test_a_saved_program_answers_alike_in_a_fresh_process(self, tuned, tmp_path):
+        tuned.save(tmp_path / "program.json")
+        code = f"""
+import dspy
+from farm import Sounds
+dspy.configure_cache(enable_disk_cache=False)
+program = Sounds()
+program.load({str(tmp_path / "program.json")!r}, allow_unsafe_lm_state=True)
+print(program(word="dog").sound, type(program.speak.lm).__name__)
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            check=False,
+        )
+        assert done.stdout.strip() == "woof LocalLM", done.stderr
+
+
+class TestRewards:
+    """What dspy.Assert and dspy.Suggest were for: today a reward function around a program."""
+
+    @pytest.fixture(scope="class")
+    def torn(self, tmp_path_factory) -> LocalLM:
+        """A model that says of a pet now meow, now woof; and what it is told to, when there is a hint."""
+        from dspy.signatures import InputField
+
+        speak = Sounds().speak.signature
+        hinted = speak.append("hint_", InputField(desc="A hint to the module from an earlier run"))
+        pet = {"word": "pet", "kind": "animal"}
+        calls = [row(speak, pet, {"sound": sound}) for sound in ("meow", "woof")]
+        calls += [
+            row(hinted, {**pet, "hint_": f"A pet says {sound}."}, {"sound": sound}) for sound in ("meow", "woof", "moo")
+        ]
+        texts = [turn["content"] for call in calls for turn in call["messages"]]
+        model = str(save_model(tmp_path_factory.mktemp("torn") / "model", texts))
+        job = LocalLM(model, max_tokens=24, seed=3).finetune(calls, CHAT, {**QUICK, "smt": SMT})
+        return job.result()
+
+    @staticmethod
+    def speaker(lm) -> dspy.Predict:
+        speaker = dspy.Predict(Sounds().speak.signature)
+        speaker.set_lm(lm)
+        return speaker
+
+    def test_best_of_n_samples_until_the_reward_is_reached(self, torn):
+        attempts = []
+
+        def barks(inputs, prediction):
+            attempts.append(prediction.sound)
+            return float(prediction.sound == "woof")
+
+        # Its first sample is meow with this seed.
+        best = dspy.BestOfN(module=self.speaker(torn), N=12, reward_fn=barks, threshold=1.0)
+        assert best(word="pet", kind="animal").sound == "woof"
+        assert len(attempts) > 1 and attempts[-1] == "woof" and "meow" in attempts
+
+    def test_refine_gives_the_advice_that_its_feedback_found(self, torn):
+        def moos(inputs, prediction):
+            return float(prediction.sound == "moo")
+
+        advisor = DummyLM([{"discussion": "It must moo.", "advice": '{"self": "A pet says moo."}'}])
+        refined = dspy.Refine(module=self.speaker(torn), N=3, reward_fn=moos, threshold=1.0)
+        with dspy.context(lm=advisor):
+            assert refined(word="pet", kind="animal").sound == "moo"
+        assert len(advisor.history) == 1
+
+
+class TestTrainKwargs:
+    def test_any_method_of_peft_trains_and_is_merged(self, model):
+        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        job = LocalLM(model, max_tokens=24, temperature=0).finetune(rows(), CHAT, {**QUICK, "peft_config": config})
+        program = Sounds()
+        program.set_lm(lm := job.result())
+        assert score(program) == 100
+        assert job.status() == TrainingStatus.succeeded
+        base = AutoModelForCausalLM.from_pretrained(model)
+        adapter = PeftModel.from_pretrained(base, run_of(program) / "run")
+        expected = adapter.merge_and_unload(safe_merge=True).state_dict()
+        assert last_tokens_alike(AutoModelForCausalLM.from_pretrained(lm.model).state_dict(), expected)
+        assert config.base_model_name_or_path is None
+
+    def test_an_smt_config_is_the_block_of_the_run(self, model):
+        config = SMTConfig(num_blocks=3, block_size=8, score="magnitude", target_modules=["q_proj", "v_proj"])
+        provider = SMTProvider()
+        settings = {**QUICK, "max_steps": 1, "peft_config": config}
+        out = provider.finetune(provider.TrainingJob(), model, rows(), CHAT, settings)
+        saved = json.loads(open(f"{out}/../run/adapter_config.json").read())
+        assert saved["num_blocks"] == 3 and saved["score"] == "magnitude"
+        assert set(saved["block_pattern"].values().__iter__().__next__()) == {3, 8}
+
+    def test_completions_train_as_text(self, model):
+        data = [{"prompt": "a cat says ", "completion": "meow"}, {"prompt": "a dog says ", "completion": "woof"}]
+        provider = SMTProvider()
+        settings = {**QUICK, "max_steps": 1, "smt": SMT}
+        out = provider.finetune(provider.TrainingJob(), model, data, TrainDataFormat.COMPLETION, settings)
+        assert SMTProvider.is_provider_model(out) and not SMTProvider.is_provider_model("openai/gpt-4o")
+
+    def test_jobs_make_directories_of_their_own_in_output_dir(self, model, tmp_path):
+        provider = SMTProvider()
+        settings = {**QUICK, "max_steps": 1, "smt": SMT, "output_dir": str(tmp_path)}
+        outs = {provider.finetune(provider.TrainingJob(), model, rows(), CHAT, settings) for _ in range(2)}
+        assert len(outs) == 2 and all(out.startswith(str(tmp_path)) for out in outs)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"learning_rat": 1.0}, "unknown key 'learning_rat'; did you mean 'learning_rate'"),
+            ({"smt": {"densty": 0.1}}, "did you mean 'smt.density'"),
+            ({"dataset_path": "x.jsonl"}, "dataset_path has no place here: the traces are the data"),
+            ({"peft_config": {"r": 8}}, "peft_config must be a config of PEFT, got dict"),
+            ({"peft_config": PromptTuningConfig(num_virtual_tokens=4)}, "PromptTuningConfig adds a prompt"),
+            ({"peft_config": LoraConfig(), "smt": {}}, "smt beside peft_config=LoraConfig: leave one of them out"),
+            ({"peft_config": LoraConfig(target_modules=["nope"])}, "peft_config: .*nope"),
+            ({"learning_rate": torch.tensor(1.0)}, "nothing that a YAML can hold"),
+            ({"peft_config": SMTConfig(score=lambda weight, grad: grad)}, "a score that is a function"),
+        ],
+    )
+    def test_what_cannot_be_used_is_named(self, model, settings, message):
+        job = LocalLM(model).finetune(rows(), CHAT, {**settings} if len(settings) else settings)
+        with pytest.raises(ConfigError, match=message):
+            raise job.result()
+        assert job.status() == TrainingStatus.failed
+
+    @pytest.mark.parametrize(
+        ("data", "form", "message"),
+        [
+            ([], CHAT, "there is not one row"),
+            ([{"messages": [{"role": "user", "content": "moo?"}]}], CHAT, "row 0 is no conversation that ends with"),
+            ([{}], TrainDataFormat.GRPO_CHAT, "cannot be trained on; CHAT and COMPLETION can"),
+        ],
+    )
+    def test_data_that_cannot_be_used_is_named(self, model, data, form, message):
+        with pytest.raises(ConfigError, match=message):
+            SMTProvider().finetune(TrainingJob(), model, data, form)
+
+    def test_a_cancelled_job_ends_after_the_step_it_is_at(self, model):
+        lm = LocalLM(model)
+        job = lm.finetune(rows(), CHAT, {**QUICK, "smt": SMT, "max_steps": 10**6})
+        assert job.started.wait(60)
+        assert job.cancel()
+        assert isinstance(job.result(60), CancelledError)
+        assert job.status() == TrainingStatus.cancelled
+
+
+class TestLocalLM:
+    def test_usage_counts_the_tokens_of_prompt_and_answer(self, tuned):
+        lm = tuned.speak.lm
+        with dspy.track_usage() as usage:
+            lm("a fresh question", max_tokens=5, cache=False)
+        counted = usage.get_total_tokens()[lm.model]
+        loaded = lm.engine._get(lm.model)
+        text = loaded.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a fresh question"}], add_generation_prompt=True, tokenize=False
+        )
+        assert counted["prompt_tokens"] == len(loaded.tokenizer(text)["input_ids"])
+        assert 1 <= counted["completion_tokens"] <= 5
+
+    def test_the_answer_is_that_of_the_model_itself(self, tuned):
+        lm = tuned.speak.lm
+        loaded = lm.engine._get(lm.model)
+        messages = rows()[0]["messages"][:-1]
+        ids = loaded.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = loaded.model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        request = [dspy.lm15.Message.user(messages[1]["content"])]
+        answer = lm(dspy.lm15.Request(model=lm.model, system=messages[0]["content"], messages=request))
+        assert answer.text == loaded.tokenizer.decode(out, skip_special_tokens=True)
+        assert answer.finish_reason == "stop"
+
+    def test_a_call_is_cached_and_a_rollout_is_not_its_repetition(self, model):
+        lm = LocalLM(model, temperature=1.0, max_tokens=8)
+        first = lm("moo?")
+        assert lm("moo?") == first
+        others = [lm("moo?", rollout_id=rollout)[0] for rollout in range(1, 5)]
+        assert len({first[0], *others}) > 1
+        assert [lm("moo?", rollout_id=rollout)[0] for rollout in range(1, 5)] == others
+
+    def test_a_seed_repeats_a_call_and_its_candidates_differ(self, model):
+        lm = LocalLM(model, temperature=1.0, max_tokens=8, seed=7, cache=False)
+        candidates = lm("moo?", n=4)
+        assert lm("moo?", n=4) == candidates
+        assert len(set(candidates)) == 4
+        assert lm("moo?", rollout_id=1) != lm("moo?")
+        assert lm("moo?", seed=8) != lm("moo?")
+
+    def test_a_seeded_call_leaves_the_generator_where_it_was(self, model):
+        lm = LocalLM(model, temperature=1.0, max_tokens=8, seed=7, cache=False)
+        before = torch.get_rng_state()
+        lm("moo?")
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_temperature_zero_is_greedy(self, model):
+        lm = LocalLM(model, temperature=0, max_tokens=8, cache=False)
+        assert len(set(lm("moo?", n=3))) == 1
+
+    def test_an_answer_ends_before_a_stop_string(self, tuned):
+        lm = tuned.speak.lm
+        content = rows()[0]["messages"]
+        messages = [dspy.lm15.Message.user(content[1]["content"])]
+        config = dspy.lm15.Config(stop=("]]",), temperature=0, max_tokens=24)
+        asked = dspy.lm15.Request(model=lm.model, system=content[0]["content"], messages=messages, config=config)
+        assert lm(asked).text == "[[ ## kind ## "
+
+    def test_threads_and_coroutines_are_served(self, tuned):
+        import asyncio
+
+        async def both():
+            return await asyncio.gather(tuned.acall(word="cat"), tuned.acall(word="dog"))
+
+        Sounds.aforward = lambda self, word: asyncio.to_thread(self.forward, word)
+        try:
+            assert [answer.sound for answer in asyncio.run(both())] == ["meow", "woof"]
+        finally:
+            del Sounds.aforward
+        assert asyncio.run(tuned.speak.lm.acall("moo?")) == tuned.speak.lm("moo?")
+
+    def test_launch_loads_and_kill_lets_go(self, model):
+        lm = LocalLM(model)
+        assert lm.engine.loaded() == []
+        lm.launch()
+        assert lm.engine.loaded() == [model] == lm.copy(temperature=1.0).engine.loaded()
+        lm.kill()
+        lm.kill()
+        assert lm.engine.loaded() == []
+
+    def test_copies_of_a_program_share_the_weights(self, tuned):
+        copied = tuned.deepcopy()
+        assert copied.speak.lm.engine is tuned.speak.lm.engine
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"presence_penalty": 1.0}, "presence_penalty: not to be had of a model in this process"),
+            ({"logprobs": True}, "logprobs: not to be had"),
+            ({"api_base": "http://localhost:1"}, "a custom engine owns its own"),
+        ],
+    )
+    def test_a_setting_that_is_not_obeyed_is_refused(self, model, settings, message):
+        with pytest.raises((dspy.LMError, ValueError), match=message):
+            LocalLM(model, **settings)("moo?")
+
+    def test_what_the_model_cannot_answer_is_named(self, model, tmp_path):
+        with pytest.raises(dspy.utils.exceptions.ContextWindowExceededError, match="tokens, and .* a context of 512"):
+            LocalLM(model)("zebra " * 500)
+        with pytest.raises(dspy.LMError, match="cannot be loaded"):
+            LocalLM(str(tmp_path / "nothing"))("moo?")
+        plain = save_model(tmp_path / "plain", template=None)
+        with pytest.raises(dspy.LMError, match="has no chat template"):
+            LocalLM(str(plain)).launch()
+        strict = save_model(tmp_path / "strict", template="{{ raise_exception('no system here') }}")
+        with pytest.raises(dspy.LMError, match="refuses the messages: no system here"):
+            LocalLM(str(strict))("moo?")

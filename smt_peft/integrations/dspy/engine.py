@@ -30,7 +30,7 @@ _draws: ContextVar[tuple[int, Iterator[int]]] = ContextVar("draws")
 
 @contextmanager
 def candidates_of(rollout: int | None) -> Iterator[None]:
-    """Inside, the completions are the candidates of one call; DSPy asks an engine for them one by one, with one seed."""
+    """Inside, completions are the candidates of one call, which DSPy asks an engine for one by one, with one seed."""
     token = _draws.set((rollout or 0, itertools.count()))
     try:
         yield

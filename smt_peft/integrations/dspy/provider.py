@@ -1,4 +1,4 @@
-"""What fine-tunes a DSPy language model: a run of this package, merged into a checkpoint that the program then calls."""
+"""What fine-tunes a language model of DSPy: a run, merged into a checkpoint that the program then calls."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class SMTProvider(Provider):
         if isinstance(lm.engine, TransformersEngine):
             lm.engine.load(lm.model)
         else:
-            _check_server(lm, **(launch_kwargs or lm.launch_kwargs))
+            _check_server(lm, timeout=(launch_kwargs or lm.launch_kwargs).get("timeout", 10))
 
     @staticmethod
     def kill(lm: dspy.LM, launch_kwargs: dict[str, Any] | None = None) -> None:
@@ -107,7 +107,7 @@ class SMTProvider(Provider):
 
     def finetune(
         self,
-        job: TrainingJob,
+        job: SMTTrainingJob,
         model: str,
         train_data: list[dict[str, Any]],
         train_data_format: TrainDataFormat | str | None,
@@ -141,10 +141,9 @@ class SMTProvider(Provider):
         train = _prepared(directory, base, rows, settings, config)
         with _one_at_a_time:
             job.started.set()
-            watch = _Watch(job)
+            job.raise_if_cancelled()
             say(f"{base} is fine-tuned on {len(rows)} rows, in {directory}")
-            train(watch)
-            watch.look()
+            train(_Watch(job))
             merge_adapter(directory / "run", directory / "model")
         return f"{self.server}{directory / 'model'}"
 
@@ -152,12 +151,11 @@ class SMTProvider(Provider):
 class _Watch(TrainerCallback):
     """Ends a training whose job was cancelled."""
 
-    def __init__(self, job: TrainingJob):
-        self.look: Callable[[], None] = job.raise_if_cancelled
-        self.look()
+    def __init__(self, job: SMTTrainingJob):
+        self.job = job
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.look()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.job.raise_if_cancelled()
 
 
 def _rows(train_data: list[dict[str, Any]], form: TrainDataFormat | str | None) -> list[dict[str, Any]]:
@@ -191,7 +189,7 @@ def _check_keys(settings: dict[str, Any], config: Any) -> None:
         return
     check_mergeable(config)
     ours = {"smt"} if isinstance(config, SMTConfig) else {"smt", "verify", "compare_lora"}
-    for key in ours & settings.keys():
+    for key in ours & {key for key, value in settings.items() if value}:
         raise ConfigError(f"train_kwargs: {key} beside peft_config={type(config).__name__}: leave one of them out")
 
 
@@ -260,7 +258,7 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
 
 
-def _check_server(lm: dspy.LM, timeout: float = 10) -> None:
+def _check_server(lm: dspy.LM, timeout: float) -> None:
     """Ask an OpenAI-compatible server what it serves."""
     name = lm.model.removeprefix(getattr(lm.provider, "server", ""))
     command = f"start one: vllm serve {name} --served-model-name {name}"

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import CancelledError
@@ -17,6 +19,7 @@ import torch
 dspy = pytest.importorskip("dspy", reason="make dspy")
 pytest.importorskip("trl")
 
+from dspy.clients import lm_local
 from dspy.clients.provider import TrainingJob
 from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
 from dspy.utils import DummyLM
@@ -27,10 +30,11 @@ from transformers import AutoModelForCausalLM
 
 from smt_peft import SMTConfig
 from smt_peft.export.merge import load_adapter
-from smt_peft.integrations.dspy import BootstrapFinetune, LocalLM, SMTProvider
+from smt_peft.integrations.dspy import BootstrapFinetune, LocalLM, SMTProvider, provider
 from smt_peft.training.errors import ConfigError
 
 CHAT = TrainDataFormat.CHAT
+DOCS = Path(__file__).parents[2] / "docs" / "dspy.md"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -216,24 +220,24 @@ class TestTrainKwargs:
 
     def test_an_smt_config_is_the_block_of_the_run(self, model):
         config = SMTConfig(num_blocks=3, block_size=8, score="magnitude", target_modules=["q_proj", "v_proj"])
-        provider = SMTProvider()
+        tuner = SMTProvider()
         settings = {**QUICK, "max_steps": 1, "peft_config": config}
-        out = provider.finetune(provider.TrainingJob(), model, rows(), CHAT, settings)
+        out = tuner.finetune(tuner.TrainingJob(), model, rows(), CHAT, settings)
         saved = json.loads((Path(out).parent / "run" / "adapter_config.json").read_text())
         assert saved["num_blocks"] == 3 and saved["score"] == "magnitude"
         assert all(shape == [3, 8, 8] for shape in saved["block_pattern"].values())
 
     def test_completions_train_as_text(self, model):
         data = [{"prompt": "a cat says ", "completion": "meow"}, {"prompt": "a dog says ", "completion": "woof"}]
-        provider = SMTProvider()
+        tuner = SMTProvider()
         settings = {**QUICK, "max_steps": 1, "smt": SMT}
-        out = provider.finetune(provider.TrainingJob(), model, data, TrainDataFormat.COMPLETION, settings)
+        out = tuner.finetune(tuner.TrainingJob(), model, data, TrainDataFormat.COMPLETION, settings)
         assert SMTProvider.is_provider_model(out) and not SMTProvider.is_provider_model("openai/gpt-4o")
 
     def test_jobs_make_directories_of_their_own_in_output_dir(self, model, tmp_path):
-        provider = SMTProvider()
+        tuner = SMTProvider()
         settings = {**QUICK, "max_steps": 1, "smt": SMT, "output_dir": str(tmp_path)}
-        outs = {provider.finetune(provider.TrainingJob(), model, rows(), CHAT, settings) for _ in range(2)}
+        outs = {tuner.finetune(tuner.TrainingJob(), model, rows(), CHAT, settings) for _ in range(2)}
         assert len(outs) == 2 and all(out.startswith(str(tmp_path)) for out in outs)
 
     @pytest.mark.parametrize(
@@ -425,3 +429,46 @@ class TestServer:
     def test_a_server_that_is_not_named_is_asked_for(self, model):
         with pytest.raises(RuntimeError, match="pass api_base, or take LocalLM"):
             dspy.LM(f"openai/{model}", provider=SMTProvider(server="openai/")).launch()
+
+
+class TestDocs:
+    """docs/dspy.md, block by block, with a model that can learn its tickets and a teacher that knows them."""
+
+    TICKETS = {
+        "no light": {"team": "devices", "reply": "Press power."},
+        "no sound": {"team": "devices", "reply": "Unmute."},
+        "no bill": {"team": "accounts", "reply": "It is attached."},
+    }
+
+    def test_the_blocks_run(self, tmp_path, monkeypatch, capsys):
+        first, *blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+        assert "MODEL = " in first and "TEACHER = " in first
+        here = f"MODEL = {self.model(tmp_path)!r}\nTEACHER = dspy.utils.DummyLM({self.TICKETS!r})\n"
+        blocks = ["import dspy\n", here, *(block for block in blocks if not block.startswith("# needs a server"))]
+        # A file, as Refine shows the program's source to its adviser.
+        (tmp_path / "how_to.py").write_text("\n".join(blocks).replace('"density": 0.01', '"density": 0.3'))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(provider, "DEFAULTS", {**provider.DEFAULTS, **QUICK})
+        how_to = importlib.import_module("how_to")
+        answers = [how_to.again(ticket=ticket).reply for ticket in self.TICKETS]
+        assert answers == [expected["reply"] for expected in self.TICKETS.values()]
+        assert how_to.by_lora(ticket="no bill").reply == "It is attached."
+        assert {"Press power.", "It is attached.", "Unmute."} <= set(capsys.readouterr().out.splitlines())
+
+    def model(self, directory: Path) -> str:
+        route, answer = dspy.Predict("ticket -> team").signature, dspy.Predict("ticket, team -> reply").signature
+        texts = []
+        for ticket, said in self.TICKETS.items():
+            given = {"ticket": ticket, "team": said["team"]}
+            for call in (row(route, {"ticket": ticket}, said), row(answer, given, said)):
+                texts += [turn["content"] for turn in call["messages"]]
+        return str(save_model(directory / "model", texts))
+
+    def test_what_it_says_of_dspys_own_provider(self):
+        source = Path(lm_local.__file__).read_text()
+        for said in ("rank_dimension = 32", "lora_alpha = 64", "lora_dropout = 0.05", "float16", '"0.0.0.0"'):
+            assert said in source
+        import trl
+
+        assert "setup_chat_format" in source and not hasattr(trl, "setup_chat_format")

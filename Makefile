@@ -71,8 +71,8 @@ $(ENGINES): $(READY)
 dspy: $(KERNELS) $(DSPY)
 	PYTHONPATH=$(abspath $(DSPY)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_dspy.py
 
-# Without LiteLLM, OpenAI's client and GEPA, which it loads when one of them is asked for: LiteLLM brings an older
-# huggingface_hub than Transformers takes, and fetches prices when it is imported.
+# Without LiteLLM, OpenAI's client and GEPA, which it loads when they are asked for: LiteLLM would take huggingface_hub,
+# filelock and importlib_metadata back by a major version, and fetches prices from the network as it is imported.
 $(DSPY): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(DSPY) \
 		"dspy>=3.4,<4" diskcache json-repair cachetools orjson tenacity cloudpickle \

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from transformers import TrainerCallback
 
 from . import outputs
@@ -31,7 +31,7 @@ def check_mergeable(config: Any) -> None:
         )
 
 
-def train_adapter(run: Run, config: PeftConfig, callbacks: Sequence[TrainerCallback] = ()) -> PeftModel:
+def train_adapter(run: Run, config: PeftConfig, callbacks: Sequence[TrainerCallback] = ()) -> None:
     """Train what `config` names on the rows of a run, and save adapter and tokenizer in its `output_dir`.
 
     `config` stays as it is. Of the run, the `smt:` block, `verify` and `compare_lora` are not read.
@@ -51,4 +51,3 @@ def train_adapter(run: Run, config: PeftConfig, callbacks: Sequence[TrainerCallb
     outputs.save_adapter(
         trainer.model, prepared.tokenizer, Path(run.trainer.output_dir), trainer.is_world_process_zero()
     )
-    return trainer.model

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ import torch
 dspy = pytest.importorskip("dspy", reason="make dspy")
 pytest.importorskip("trl")
 
+import cloudpickle
 from dspy.clients import lm_local
 from dspy.clients.provider import TrainingJob
 from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
@@ -28,9 +30,10 @@ from openai_server import serving
 from peft import LoraConfig, PeftModel, PromptTuningConfig
 from transformers import AutoModelForCausalLM
 
-from smt_peft import SMTConfig
+from smt_peft import BlockSelection, SMTConfig, select_blocks
 from smt_peft.export.merge import load_adapter
-from smt_peft.integrations.dspy import BootstrapFinetune, LocalLM, SMTProvider, provider
+from smt_peft.integrations.dspy import BootstrapFinetune, LocalLM, SMTProvider
+from smt_peft.integrations.dspy import settings as plugin_settings
 from smt_peft.training.errors import ConfigError
 
 CHAT = TrainDataFormat.CHAT
@@ -227,6 +230,17 @@ class TestTrainKwargs:
         assert saved["num_blocks"] == 3 and saved["score"] == "magnitude"
         assert all(shape == [3, 8, 8] for shape in saved["block_pattern"].values())
 
+    def test_an_smt_config_may_bring_its_blocks(self, model):
+        config = SMTConfig(density=0.1, score="diagonal", target_modules=["q_proj"])
+        config.selection = select_blocks(AutoModelForCausalLM.from_pretrained(model), config)
+        config.score = lambda weight, grad: grad
+        tuner = SMTProvider()
+        out = tuner.finetune(tuner.TrainingJob(), model, rows(), CHAT, {**QUICK, "max_steps": 1, "peft_config": config})
+        trained = BlockSelection.load(Path(out).parent / "run" / "selection.safetensors")
+        assert {name: found.tolist() for name, found in trained.blocks.items()} == {
+            name: found.tolist() for name, found in config.selection.blocks.items()
+        }
+
     def test_completions_train_as_text(self, model):
         data = [{"prompt": "a cat says ", "completion": "meow"}, {"prompt": "a dog says ", "completion": "woof"}]
         tuner = SMTProvider()
@@ -341,18 +355,12 @@ class TestLocalLM:
         asked = dspy.lm15.Request(model=lm.model, system=content[0]["content"], messages=messages, config=config)
         assert lm(asked).text == "[[ ## kind ## "
 
-    def test_threads_and_coroutines_are_served(self, tuned):
-        import asyncio
-
+    def test_coroutines_are_answered_as_calls_are(self, tuned):
         async def both():
-            return await asyncio.gather(tuned.acall(word="cat"), tuned.acall(word="dog"))
+            lm = tuned.speak.lm.copy(cache=False)
+            return await asyncio.gather(lm.acall("moo?"), lm.acall("oink?"))
 
-        Sounds.aforward = lambda self, word: asyncio.to_thread(self.forward, word)
-        try:
-            assert [answer.sound for answer in asyncio.run(both())] == ["meow", "woof"]
-        finally:
-            del Sounds.aforward
-        assert asyncio.run(tuned.speak.lm.acall("moo?")) == tuned.speak.lm("moo?")
+        assert asyncio.run(both()) == [tuned.speak.lm("moo?"), tuned.speak.lm("oink?")]
 
     def test_a_completion_is_a_stream_of_one_piece(self, tuned):
         lm = tuned.speak.lm
@@ -368,6 +376,12 @@ class TestLocalLM:
         lm.kill()
         lm.kill()
         assert lm.engine.loaded() == []
+
+    def test_a_pickled_program_answers_alike(self, tuned):
+        again = cloudpickle.loads(cloudpickle.dumps(tuned))
+        assert again.speak.lm.engine.loaded() == []
+        assert again(word="dog").sound == "woof"
+        assert again.speak.lm("moo?", cache=False) == tuned.speak.lm("moo?", cache=False)
 
     def test_copies_of_a_program_share_the_weights(self, tuned):
         copied = tuned.deepcopy()
@@ -449,7 +463,7 @@ class TestDocs:
         (tmp_path / "how_to.py").write_text("\n".join(blocks).replace('"density": 0.01', '"density": 0.3'))
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(provider, "DEFAULTS", {**provider.DEFAULTS, **QUICK})
+        monkeypatch.setattr(plugin_settings, "DEFAULTS", {**plugin_settings.DEFAULTS, **QUICK})
         how_to = importlib.import_module("how_to")
         answers = [how_to.again(ticket=ticket).reply for ticket in self.TICKETS]
         assert answers == [expected["reply"] for expected in self.TICKETS.values()]

@@ -5,8 +5,9 @@ See docs/dspy.md. Needs DSPy 3.4 or newer, which has engines.
 
 from .bootstrap import BootstrapFinetune
 from .engine import AsyncTransformersEngine, TransformersEngine
+from .job import SMTTrainingJob
 from .lm import LocalLM
-from .provider import SMTProvider, SMTTrainingJob
+from .provider import SMTProvider
 
 __all__ = [
     "AsyncTransformersEngine",

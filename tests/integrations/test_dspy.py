@@ -241,18 +241,13 @@ class TestTrainKwargs:
             name: found.tolist() for name, found in config.selection.blocks.items()
         }
 
-    def test_completions_train_as_text(self, model):
+    def test_completions_train_as_text_in_the_directory_that_is_named(self, model, tmp_path):
         data = [{"prompt": "a cat says ", "completion": "meow"}, {"prompt": "a dog says ", "completion": "woof"}]
         tuner = SMTProvider()
-        settings = {**QUICK, "max_steps": 1, "smt": SMT}
-        out = tuner.finetune(tuner.TrainingJob(), model, data, TrainDataFormat.COMPLETION, settings)
-        assert SMTProvider.is_provider_model(out) and not SMTProvider.is_provider_model("openai/gpt-4o")
-
-    def test_jobs_make_directories_of_their_own_in_output_dir(self, model, tmp_path):
-        tuner = SMTProvider()
         settings = {**QUICK, "max_steps": 1, "smt": SMT, "output_dir": str(tmp_path)}
-        outs = {tuner.finetune(tuner.TrainingJob(), model, rows(), CHAT, settings) for _ in range(2)}
-        assert len(outs) == 2 and all(out.startswith(str(tmp_path)) for out in outs)
+        out = tuner.finetune(tuner.TrainingJob(), model, data, TrainDataFormat.COMPLETION, settings)
+        assert Path(out).parents[1] == tmp_path
+        assert SMTProvider.is_provider_model(out) and not SMTProvider.is_provider_model("openai/gpt-4o")
 
     @pytest.mark.parametrize(
         ("settings", "message"),

@@ -1,4 +1,4 @@
-# make demo | test | quantised | engines | peft-suite | style | check | bench | cost | quality | tables | clean: each sets up what it needs first.
+# make demo | test | quantised | engines | dspy | peft-suite | style | check | bench | cost | quality | tables | clean: each sets up what it needs first.
 # make gpu: on a GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in a place of its own.
 PYTHON ?= python3
 VENV := $(if $(PEFT),build/peft-$(PEFT),.venv)
@@ -21,8 +21,9 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 QUANTISED := $(if $(PEFT),$(VENV),build)/quantised
 ENGINES := build/engines
 MINILM := build/minilm
+DSPY := build/dspy
 
-.PHONY: setup demo test quantised engines peft-suite style check bench cost quality tables gpu clean
+.PHONY: setup demo test quantised engines dspy peft-suite style check bench cost quality tables gpu clean
 
 setup: $(KERNELS)
 
@@ -65,6 +66,18 @@ $(ENGINES): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(ENGINES) \
 		"deepspeed==0.19.8" hjson msgpack py-cpuinfo einops
 	touch $(ENGINES)
+
+# DSPy, and the tests of its plugin.
+dspy: $(KERNELS) $(DSPY)
+	PYTHONPATH=$(abspath $(DSPY)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_dspy.py
+
+# Without LiteLLM, OpenAI's client and GEPA, which it loads when they are asked for: LiteLLM would take huggingface_hub,
+# filelock and importlib_metadata back by a major version, and fetches prices from the network as it is imported.
+$(DSPY): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(DSPY) \
+		"dspy>=3.4,<4" diskcache json-repair cachetools orjson tenacity cloudpickle \
+		requests urllib3 certifi idna charset-normalizer
+	touch $(DSPY)
 
 $(PEFT_SUITE): $(READY)
 	SMT_EXT=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peft-suite]" $(if $(PEFT),peft==$(PEFT))

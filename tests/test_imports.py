@@ -37,6 +37,7 @@ ALLOWED = {
         "tuner",
     },
     "plan": {"bases", "blocks", "config", "ops", "selection", "training", "tuner"},
+    "integrations": {"config", "export", "say", "training"},
     "cli": {"bench", "export", "plan", "report", "say", "selection", "training"},
     "__init__": {"_register", "blocks", "config", "selection"},
 }
@@ -54,6 +55,7 @@ HOSTS = {
     "matplotlib": {"report"},
     "omegaconf": {"training"},
     "pydantic": {"training"},
+    "dspy": {"integrations"},
 }
 
 

@@ -25,9 +25,9 @@ from dspy.clients import lm_local
 from dspy.clients.provider import TrainingJob
 from dspy.clients.utils_finetune import TrainDataFormat, TrainingStatus
 from dspy.utils import DummyLM
-from farm import EXAMPLES, FARM, QUICK, SMT, Sounds, right, row, rows, save_model, score, scripted
 from openai_server import serving
 from peft import LoraConfig, PeftModel, PromptTuningConfig
+from sounds import EXAMPLES, QUICK, SMT, SOUNDS, Sounds, right, row, rows, save_model, score, scripted
 from transformers import AutoModelForCausalLM
 
 from smt_peft import BlockSelection, SMTConfig, select_blocks
@@ -125,19 +125,19 @@ class TestBootstrapping:
         program = compiler.compile(student_of(model), trainset=EXAMPLES, teacher=scripted())
         assert program.classify.lm.model != program.speak.lm.model
         data = [json.loads(line) for line in (job_of(program) / "train.jsonl").read_text().splitlines()]
-        assert len(data) == len(FARM) and all("sound" in item["completion"][0]["content"] for item in data)
+        assert len(data) == len(SOUNDS) and all("sound" in item["completion"][0]["content"] for item in data)
         assert score(program) == 100
 
     def test_an_answer_that_cannot_be_read_is_left_out(self, model):
         teacher = scripted()
-        teacher.classify.lm = DummyLM({word: {"kind": kind} for word, (kind, _) in FARM.items() if word != "cow"})
+        teacher.classify.lm = DummyLM({word: {"kind": kind} for word, (kind, _) in SOUNDS.items() if word != "cow"})
         compiler = BootstrapFinetune(metric=right, train_kwargs={**QUICK, "smt": SMT, "max_steps": 1})
         program = compiler.compile(student_of(model), trainset=EXAMPLES, teacher=teacher)
         assert "cow" not in (job_of(program) / "train.jsonl").read_text()
 
     def test_a_metric_that_nothing_passes_is_an_error_with_counts(self, model):
         compiler = BootstrapFinetune(metric=right)
-        teacher = scripted(**dict.fromkeys(FARM, "oink"))
+        teacher = scripted(**dict.fromkeys(SOUNDS, "oink"))
         with pytest.raises(ValueError, match=r"none of the 5 traces is left .* \(0 unreadable, 5 failed"):
             compiler.compile(student_of(model), trainset=EXAMPLES, teacher=teacher)
         with pytest.raises(ConfigError, match="there is not one row"):
@@ -147,7 +147,7 @@ class TestBootstrapping:
         tuned.save(tmp_path / "program.json")
         code = f"""
 import dspy
-from farm import Sounds
+from sounds import Sounds
 dspy.configure_cache(enable_disk_cache=False)
 program = Sounds()
 program.load({str(tmp_path / "program.json")!r}, allow_unsafe_lm_state=True)

@@ -10,14 +10,14 @@ from dspy.utils import DummyLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-FARM = {
+SOUNDS = {
     "cat": ("animal", "meow"),
     "dog": ("animal", "woof"),
     "car": ("machine", "vroom"),
     "bell": ("machine", "ding"),
     "cow": ("animal", "moo"),
 }
-EXAMPLES = [dspy.Example(word=word, sound=sound).with_inputs("word") for word, (_, sound) in FARM.items()]
+EXAMPLES = [dspy.Example(word=word, sound=sound).with_inputs("word") for word, (_, sound) in SOUNDS.items()]
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -60,8 +60,8 @@ def score(program: dspy.Module) -> float:
 def scripted(**wrong: str) -> Sounds:
     """A teacher that knows the farm but for the sounds in `wrong`."""
     teacher = Sounds()
-    teacher.classify.lm = DummyLM({word: {"kind": kind} for word, (kind, _) in FARM.items()})
-    sounds = {word: sound for word, (_, sound) in FARM.items()} | wrong
+    teacher.classify.lm = DummyLM({word: {"kind": kind} for word, (kind, _) in SOUNDS.items()})
+    sounds = {word: sound for word, (_, sound) in SOUNDS.items()} | wrong
     teacher.speak.lm = DummyLM({word: {"sound": sound} for word, sound in sounds.items()})
     return teacher
 
@@ -73,7 +73,7 @@ def row(signature, inputs: dict, outputs: dict) -> dict:
 
 def rows() -> list[dict]:
     program, found = Sounds(), []
-    for word, (kind, sound) in FARM.items():
+    for word, (kind, sound) in SOUNDS.items():
         found.append(row(program.classify.signature, {"word": word}, {"kind": kind}))
         found.append(row(program.speak.signature, {"word": word, "kind": kind}, {"sound": sound}))
     return found

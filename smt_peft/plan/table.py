@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from .plan import Memory, Plan, runtime
+from .memory import Memory
+from .plan import Plan
 from .state import State
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -86,7 +87,7 @@ def _lines() -> Iterator[tuple[str, Callable[[Memory], int]]]:
     yield "saved for backward", lambda memory: memory.step.saved
     yield "logits and loss, at most", lambda memory: memory.step.head
     yield "gathered and exchanged", lambda memory: memory.gathered
-    yield "CUDA context, assumed", lambda memory: runtime(memory.setting)
+    yield "CUDA context, assumed", lambda memory: memory.setting.runtime
 
 
 def _state(memory: Memory) -> State:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
+from ..bases.parameters import ParameterTarget
+from ..bases.target import Target
 from ..bases.targets import find_targets
 from ..config import SMTConfig
 from ..selection.experts import matrices, tappable_experts
@@ -12,14 +16,21 @@ from ..selection.guard import borrowed
 from ..selection.scores import low_rank_magnitude, magnitude
 from ..selection.taps import ActivationTaps
 from ..selection.warmup import make_taps
-from .activations import Allocator, Batch, Loss, model_loss
+from .activations import Batch, Loss, model_loss
+from .allocator import Allocator
 from .device import Device
+from .layers import Layers, Watch
 
 _OF_WEIGHTS = {"magnitude": magnitude, "low_rank_magnitude": lambda weight, grid: low_rank_magnitude(weight, grid, 0)}
 
 
 def warm_up(
-    model: nn.Module, config: SMTConfig, batch: Batch, device: Device | None = None, loss: Loss = model_loss
+    model: nn.Module,
+    config: SMTConfig,
+    batch: Batch,
+    device: Device | None = None,
+    loss: Loss = model_loss,
+    layers: Layers | None = None,
 ) -> int:
     """The most bytes that choosing blocks by `config.score` takes above the weights.
 
@@ -28,7 +39,9 @@ def warm_up(
         batch: makes a batch, on the meta device.
         device: where the pass is to run.
         loss: of model and batch.
+        layers: those of the model that stand for others; None: there are none.
     """
+    layers = layers or Layers()
     targets = matrices(find_targets(model, config))
     allocator = Allocator()
     allocator.own(model)
@@ -41,12 +54,33 @@ def warm_up(
             return peak.peak
         grids = {name: target.grid(config) for name, target in targets.items()}
         taps = make_taps(targets, grids, config, None, shapes_only=True)
+        early = _scores_bytes(allocator, targets, config, layers)
         checkpointing = not isinstance(taps, ActivationTaps)
-        with borrowed(model, 0, checkpointing) as base, tappable_experts(targets), taps.installed():
+        with (
+            borrowed(model, 0, checkpointing) as base,
+            tappable_experts(targets),
+            taps.installed(),
+            Watch(allocator, layers).installed() as watch,
+        ):
             if isinstance(taps, ActivationTaps):
                 with torch.no_grad():
                     loss(base, batch())
                 taps.close_batch()
             else:
-                taps.backward(loss(base, batch()))
-    return peak.peak
+                value = loss(base, batch())
+                watch.begin_backward()
+                taps.backward(value)
+    return max(watch.peaks(early))
+
+
+def _scores_bytes(
+    allocator: Allocator, targets: Mapping[str, Target | ParameterTarget], config: SMTConfig, layers: Layers
+) -> int:
+    """What the scores of the layers that stand for others take before the pass."""
+    inside = {id(module) for layer in layers.repeated for module in layer.modules()}
+    repeated = {name: target for name, target in targets.items() if id(target.module) in inside}
+    before = allocator.alive
+    taps = make_taps(repeated, {name: t.grid(config) for name, t in repeated.items()}, config, None, shapes_only=True)
+    taken = allocator.alive - before
+    del taps
+    return taken

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,10 +22,15 @@ _FEWEST_TOKENS = 64
 
 @dataclass(frozen=True)
 class Case:
-    """What the memory of a run hangs on, as far as a change can reach it."""
+    """What the memory of a run hangs on, as far as a change can reach it.
+
+    Args:
+        setting: of a step.
+        smt: fields of the `smt:` block that are others than in the run, and their values.
+    """
 
     setting: Setting
-    smt: SMTConfig
+    smt: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,7 @@ class Level:
     smt: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, case: Case) -> Case:
-        smt = case.smt
-        if self.smt:
-            smt = smt.copy()
-            for name, value in self.smt.items():
-                setattr(smt, name, value)
-        return Case(replace(case.setting, **self.setting), smt)
+        return Case(replace(case.setting, **self.setting), (*case.smt, *self.smt.items()))
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,15 @@ class Change:
     peak: int
 
 
-def dials(case: Case, chosen: bool, checkpoints: bool) -> list[Dial]:
+def dials(setting: Setting, smt: SMTConfig, chosen: bool, checkpoints: bool) -> list[Dial]:
     """All that can be changed in a run, from what costs least: see docs/plan.md.
 
     Args:
-        case: the run as it is.
+        setting: of the run as it is.
+        smt: its `smt:` block.
         chosen: whether its blocks are in a file already.
         checkpoints: whether its model can recompute layers in backward.
     """
-    setting, smt = case.setting, case.smt
     found = [
         Dial("a like score, without sums that are kept", () if chosen else _scores(smt)),
         Dial("moments in fewer bits", tuple(_optimizers(setting))),
@@ -150,7 +150,7 @@ def _lengths(setting: Setting) -> Iterator[Level]:
 Chosen = dict[int, int]
 
 
-def cheapest(case: Case, dials: list[Dial], limit: int, peak_of: Callable[[Case], int]) -> tuple[Change, ...]:
+def cheapest(case: Case, dials: list[Dial], limit: int, peaks: Sequence[Callable[[Case], int]]) -> tuple[Change, ...]:
     """Up to three changes that fit, the cheapest first; or the one that takes least, when none fits.
 
     A dial costs more than all before it together, so of two sets the one that does without the dearer dial is cheaper.
@@ -159,9 +159,9 @@ def cheapest(case: Case, dials: list[Dial], limit: int, peak_of: Callable[[Case]
         case: the run as it is, which does not fit.
         dials: by their cost; see `dials`.
         limit: bytes there are.
-        peak_of: bytes that a case takes.
+        peaks: bytes that a case takes, phase by phase.
     """
-    search = _Search(case, dials, limit, peak_of)
+    search = _Search(case, dials, limit, peaks)
     found: dict[frozenset[int], Change] = {}
     # Without the dearest of one that fits, the next cheapest comes out: alone, or with cheaper ones.
     left, without = list(range(len(dials))), set()
@@ -181,8 +181,7 @@ class _Search:
     case: Case
     dials: list[Dial]
     limit: int
-    peak_of: Callable[[Case], int]
-    _known: dict[tuple, int] = field(default_factory=dict)
+    peaks: Sequence[Callable[[Case], int]]
 
     def least(self, allowed: list[int]) -> Chosen | None:
         """The cheapest set of these dials that fits, each as mild as it can be; None when all together do not."""
@@ -206,18 +205,17 @@ class _Search:
         return chosen
 
     def fits(self, chosen: Chosen) -> bool:
-        return self.peak(chosen) <= self.limit
+        case = self._changed(chosen)
+        return all(peak(case) <= self.limit for peak in self.peaks)
 
-    def peak(self, chosen: Chosen) -> int:
-        key = tuple(sorted(chosen.items()))
-        if key not in self._known:
-            case = self.case
-            for dial, level in key:
-                case = self.dials[dial].levels[level].of(case)
-            self._known[key] = self.peak_of(case)
-        return self._known[key]
+    def _changed(self, chosen: Chosen) -> Case:
+        case = self.case
+        for dial, level in sorted(chosen.items()):
+            case = self.dials[dial].levels[level].of(case)
+        return case
 
     def change(self, chosen: Chosen) -> Change:
         numbers = sorted(chosen)
         keys = " ".join(self.dials[number].levels[chosen[number]].keys for number in numbers)
-        return Change(keys, "; ".join(self.dials[number].cost for number in numbers), self.peak(chosen))
+        peak = max(peak(self._changed(chosen)) for peak in self.peaks)
+        return Change(keys, "; ".join(self.dials[number].cost for number in numbers), peak)

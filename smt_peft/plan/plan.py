@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..blocks import BlockSelection
+from ..config import SMTConfig
 from ..training.errors import ConfigError
 from . import methods
 from .changes import Case, Change, cheapest, dials
-from .layers import abridge
+from .layers import Layers, abridge
 from .memory import Memory, choosing, memory
 from .setting import Setting
+from .source import base, setting_of, trainer_loss
 
 if TYPE_CHECKING:
     # Not at run time: it loads TRL, which a plan of a model without a run has no use for.
@@ -86,20 +89,18 @@ def plan(
         ConfigError: the model has no config or its class no place in `AutoModelForCausalLM`, or the `smt:` block or the
             selection does not fit it.
     """
-    from .source import setting_of
-
     setting, assumed = setting_of(run, device, processes, sharded)
     planned = _Planned(run)
-    case = Case(setting, run.smt)
+    case = Case(setting)
     with _quiet(), _as_config_errors():
         selection = planned.selection(case)
-        found = [planned.memory(case, selection, both=True), *planned.rivals(case, selection)]
-        warm_up = planned.warm_up(case, selection)
+        found = [planned.memory(case, both=True), *planned.rivals(case)]
+        warm_up = planned.warm_up(case)
         limit = _limit(setting) if limit is None else limit
         changes: tuple[Change, ...] = ()
         if limit is not None and max(found[0].peak(), warm_up) > limit:
-            offered = dials(case, planned.chosen, found[0].other is not None)
-            changes = cheapest(case, offered, limit, planned.peak)
+            offered = dials(setting, run.smt, planned.chosen, found[0].other is not None)
+            changes = cheapest(case, offered, limit, (planned.warm_up, planned.step))
     if not planned.chosen:
         assumed.append(
             f"the blocks are still to be chosen: as many columns touched as spread={run.smt.spread!r} alone makes it"
@@ -119,56 +120,72 @@ def plan(
 
 
 class _Planned:
-    """A run, each time with a model of its own, as a model cannot have its adapter or its layers back."""
+    """A run, counted with one thing or another changed; what two cases have in common is made once."""
 
     def __init__(self, run: Run):
         self.run, self.chosen = run, run.selection != "auto"
+        self._known: dict[Any, Any] = {}
 
     def selection(self, case: Case) -> BlockSelection:
         """Of the whole model."""
-        if self.chosen:
-            return BlockSelection.load(self.run.selection)
-        return methods.assumed_selection(self._base(case.setting), case.smt)
+        return self._once(("selection", case.smt), lambda: self._select(case))
 
-    def memory(self, case: Case, selection: BlockSelection, both: bool = False) -> Memory:
-        return self._memory("SMT", case, selection, lambda model, rest: methods.smt(model, case.smt, rest), both)
+    def memory(self, case: Case, both: bool = False) -> Memory:
+        def put_on(model: nn.Module, rest: BlockSelection) -> nn.Module:
+            return methods.smt(model, self._config(case), rest)
 
-    def rivals(self, case: Case, selection: BlockSelection) -> Iterator[Memory]:
-        for name, put_on in methods.rivals(selection, case.smt.modules_to_save).items():
+        return self._once(("step", case), lambda: self._memory("SMT", case, put_on, both))
+
+    def rivals(self, case: Case) -> Iterator[Memory]:
+        for name, put_on in methods.rivals(self.selection(case), self.run.smt.modules_to_save).items():
             # Packed weights cannot be trained.
             own = replace(case, setting=replace(case.setting, packing=None)) if name == "full" else case
-            yield self._memory(name, own, selection, put_on)
+            yield self._memory(name, own, put_on)
 
-    def warm_up(self, case: Case, selection: BlockSelection) -> int:
+    def warm_up(self, case: Case) -> int:
         if self.chosen:
             return 0
-        model = self._base(case.setting)
-        layers, _ = abridge(model, selection)
-        return choosing(model, case.smt, case.setting, layers)
+        # It is over before there is an optimizer.
+        setting = replace(case.setting, optimizer="sgd", accumulation=1)
+        before = replace(case, setting=setting)
+        return self._once(("warm-up", before), lambda: self._warm_up(before))
 
-    def peak(self, case: Case) -> int:
-        """Of the run as changed."""
-        selection = self.selection(case)
-        return max(self.memory(case, selection).peak(), self.warm_up(case, selection))
+    def step(self, case: Case) -> int:
+        return self.memory(case).peak()
 
-    def _memory(
-        self,
-        name: str,
-        case: Case,
-        selection: BlockSelection,
-        put_on: Callable[[nn.Module, BlockSelection], nn.Module],
-        both: bool = False,
-    ) -> Memory:
-        from .source import trainer_loss
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
 
-        model = self._base(case.setting)
-        layers, rest = abridge(model, selection)
+    def _config(self, case: Case) -> SMTConfig:
+        config = self.run.smt.copy()
+        for name, value in case.smt:
+            setattr(config, name, value)
+        return config
+
+    def _select(self, case: Case) -> BlockSelection:
+        if self.chosen:
+            return BlockSelection.load(self.run.selection)
+        return methods.assumed_selection(base(self.run, case.setting), self._config(case))
+
+    def _warm_up(self, case: Case) -> int:
+        model, layers, _ = self._abridged(case)
+        return choosing(model, self._config(case), case.setting, layers)
+
+    def _memory(self, name: str, case: Case, put_on: methods.PutOn, both: bool = False) -> Memory:
+        model, layers, rest = self._abridged(case)
         return memory(name, put_on(model, rest), case.setting, trainer_loss, both, layers)
 
-    def _base(self, setting: Setting) -> nn.Module:
-        from .source import base
+    def _abridged(self, case: Case) -> tuple[nn.Module, Layers, BlockSelection]:
+        """A model of one's own, as it cannot have an adapter twice."""
 
-        return base(self.run, setting)
+        def make() -> tuple[nn.Module, Layers, BlockSelection]:
+            model = base(self.run, case.setting)
+            return model, *abridge(model, self.selection(case))
+
+        *model, rest = self._once(("model", case.setting.packing, case.smt), make)
+        return *copy.deepcopy(model), rest
 
 
 def _limit(setting: Setting) -> int | None:

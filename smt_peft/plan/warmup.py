@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..bases.parameters import ParameterTarget
-from ..bases.target import Target
 from ..bases.targets import find_targets
 from ..config import SMTConfig
-from ..selection.experts import matrices, tappable_experts
+from ..selection.experts import Targets, matrices, tappable_experts
 from ..selection.guard import borrowed
 from ..selection.scores import low_rank_magnitude, magnitude
 from ..selection.taps import ActivationTaps
@@ -48,10 +44,9 @@ def warm_up(
     peak = allocator.gauge()
     with (device or Device()).pretended(), allocator:
         if not config.needs_data:
-            if config.score in _OF_WEIGHTS:
-                largest = max(targets.values(), key=lambda target: target.weight.numel())
-                _OF_WEIGHTS[config.score](largest.weight, largest.grid(config))
-            return peak.peak
+            kept = _scores_of_weights(targets, config)
+            repeated = _inside(layers, targets)
+            return peak.peak + layers.copies * sum(kept[name].nbytes for name in repeated if name in kept)
         grids = {name: target.grid(config) for name, target in targets.items()}
         taps = make_taps(targets, grids, config, None, shapes_only=True)
         early = _scores_bytes(allocator, targets, config, layers)
@@ -73,12 +68,21 @@ def warm_up(
     return max(watch.peaks(early))
 
 
-def _scores_bytes(
-    allocator: Allocator, targets: Mapping[str, Target | ParameterTarget], config: SMTConfig, layers: Layers
-) -> int:
+def _scores_of_weights(targets: Targets, config: SMTConfig) -> dict[str, Tensor]:
+    """The scores of every matrix are there until the choice; none where the blocks are drawn."""
+    score = _OF_WEIGHTS.get(config.score)
+    return {name: score(target.weight, target.grid(config)) for name, target in targets.items()} if score else {}
+
+
+def _inside(layers: Layers, targets: Targets) -> Targets:
+    """The targets in layers that stand for others."""
+    modules = {id(module) for layer in layers.repeated for module in layer.modules()}
+    return {name: target for name, target in targets.items() if id(target.module) in modules}
+
+
+def _scores_bytes(allocator: Allocator, targets: Targets, config: SMTConfig, layers: Layers) -> int:
     """What the scores of the layers that stand for others take before the pass."""
-    inside = {id(module) for layer in layers.repeated for module in layer.modules()}
-    repeated = {name: target for name, target in targets.items() if id(target.module) in inside}
+    repeated = _inside(layers, targets)
     before = allocator.alive
     taps = make_taps(repeated, {name: t.grid(config) for name, t in repeated.items()}, config, None, shapes_only=True)
     taken = allocator.alive - before

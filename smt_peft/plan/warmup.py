@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..bases.target import Target
 from ..bases.targets import find_targets
 from ..config import SMTConfig
 from ..selection.experts import Targets, matrices, tappable_experts
@@ -13,7 +14,7 @@ from ..selection.scores import low_rank_magnitude, magnitude
 from ..selection.taps import ActivationTaps
 from ..selection.warmup import make_taps
 from .activations import Batch, Loss, model_loss
-from .allocator import Allocator
+from .allocator import Allocator, Gauge
 from .device import Device
 from .layers import Layers, Watch
 
@@ -41,12 +42,9 @@ def warm_up(
     targets = matrices(find_targets(model, config))
     allocator = Allocator()
     allocator.own(model)
-    peak = allocator.gauge()
     with (device or Device()).pretended(), allocator:
         if not config.needs_data:
-            kept = _scores_of_weights(targets, config)
-            repeated = _inside(layers, targets)
-            return peak.peak + layers.copies * sum(kept[name].nbytes for name in repeated if name in kept)
+            return _by_weights(allocator, targets, config, layers) if config.score in _OF_WEIGHTS else 0
         grids = {name: target.grid(config) for name, target in targets.items()}
         taps = make_taps(targets, grids, config, None, shapes_only=True)
         early = _scores_bytes(allocator, targets, config, layers)
@@ -68,10 +66,22 @@ def warm_up(
     return max(watch.peaks(early))
 
 
-def _scores_of_weights(targets: Targets, config: SMTConfig) -> dict[str, Tensor]:
-    """The scores of every matrix are there until the choice; none where the blocks are drawn."""
-    score = _OF_WEIGHTS.get(config.score)
-    return {name: score(target.weight, target.grid(config)) for name, target in targets.items()} if score else {}
+def _by_weights(allocator: Allocator, targets: Targets, config: SMTConfig, layers: Layers) -> int:
+    """The most that is alive while matrix after matrix is scored; the scores of all are there until the choice."""
+    repeated = _inside(layers, targets)
+    kept: dict[str, Tensor] = {}
+    moments: dict[str, Gauge] = {}
+    for name, target in targets.items():
+        moments[name] = allocator.gauge()
+        kept[name] = _OF_WEIGHTS[config.score](target.weight, target.grid(config))
+        allocator.stop(moments[name])
+    peak, begun = 0, set()
+    for name, target in targets.items():
+        # Modules come first and bare parameters after them, each in the order of the layers.
+        begun |= {isinstance(target, Target)} if name in repeated else set()
+        before = sum(kept[other].nbytes for other, each in repeated.items() if isinstance(each, Target) in begun)
+        peak = max(peak, moments[name].peak + layers.copies * before)
+    return peak
 
 
 def _inside(layers: Layers, targets: Targets) -> Targets:

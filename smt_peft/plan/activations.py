@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from .allocator import Allocator, Gauge
 from .device import Device
-from .layers import Layers, Watch
+from .layers import Layers
+from .watch import Watch
 
 Batch = Callable[[], Mapping[str, Tensor]]
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
@@ -69,12 +70,16 @@ def step(
         parameter.grad = torch.empty_like(parameter)
     allocator = Allocator()
     allocator.own(model)
-    with (device or Device()).pretended(), allocator, _head(model, allocator) as heads:
-        with Watch(allocator, layers).installed() as watch:
-            inputs = batch()
-            value = loss(model, inputs)
-            saved = watch.begin_backward()
-            value.backward()
+    with (
+        (device or Device()).pretended(),
+        allocator,
+        _head(model, allocator) as heads,
+        Watch(allocator, layers).installed() as watch,
+    ):
+        inputs = batch()
+        value = loss(model, inputs)
+        saved = watch.begin_backward()
+        value.backward()
     gradients = _bytes_of_gradients(trained)
     forward, backward = watch.peaks()
     # Of what a layer has taken its gradients alone are left.

@@ -106,7 +106,7 @@ def choosing(model: nn.Module, config: SMTConfig, setting: Setting, layers: Laye
     _checkpointing(model, setting.checkpointing)
     device = replace(setting.device, autocast=None)
     above = warm_up(model, config, token_batch(setting), device, layers=layers)
-    if setting.shares:
+    if setting.shares and setting.loaded_sharded:
         weights = -(-weights // setting.processes) + _gathered(model)
     return weights + above + setting.runtime
 

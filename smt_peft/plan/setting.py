@@ -26,6 +26,8 @@ class Setting:
         packing: how the frozen weights are packed; None: not.
         processes: that train together.
         sharded: whether each of them keeps its part of the weights only, as under FSDP2 or ZeRO-3.
+        loaded_sharded: whether it does so before the training, too, as under ZeRO-3; else blocks are chosen on the
+            whole model.
     """
 
     device: Device = Device()
@@ -37,6 +39,7 @@ class Setting:
     packing: Packing | None = None
     processes: int = 1
     sharded: bool = False
+    loaded_sharded: bool = False
 
     @property
     def shares(self) -> bool:
@@ -49,9 +52,9 @@ class Setting:
         return CUDA_CONTEXT if self.device.type == "cuda" else 0
 
 
-def from_environment() -> tuple[int, bool]:
-    """How many processes `accelerate launch` or `torchrun` has started, and whether they share the weights."""
-    sharded = (
-        os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    )
-    return int(os.environ.get("WORLD_SIZE", "1")), sharded
+def from_environment() -> tuple[int, bool, bool]:
+    """How many processes `accelerate launch` or `torchrun` has started, whether they share the weights in training,
+    and whether they do from the beginning."""
+    partitioned = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    sharded = partitioned or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    return int(os.environ.get("WORLD_SIZE", "1")), sharded, partitioned

@@ -36,7 +36,7 @@ def setting_of(
     if device == "cuda" and here == "cpu" and run.resolved.get("bf16") is None and half is None:
         # What the trainer does where there is a GPU.
         half = torch.bfloat16
-    started, shared = from_environment()
+    started, shared, partitioned = from_environment()
     tokens = trainer.max_length
     if tokens is None:
         tokens = getattr(model_config(run), "max_position_embeddings", 2048)
@@ -53,6 +53,7 @@ def setting_of(
         _packing(run),
         processes or started,
         shared if sharded is None else sharded,
+        partitioned,
     )
     if setting.shares:
         assumed.append("sharded: everything in equal parts, one layer at work, the next gathered ahead")

@@ -16,7 +16,8 @@ from ..selection.warmup import make_taps
 from .activations import Batch, Loss, model_loss
 from .allocator import Allocator, Gauge
 from .device import Device
-from .layers import Layers, Watch
+from .layers import Layers
+from .watch import Watch
 
 _OF_WEIGHTS = {"magnitude": magnitude, "low_rank_magnitude": lambda weight, grid: low_rank_magnitude(weight, grid, 0)}
 

@@ -13,8 +13,8 @@ from benchmarks.cost.model import checkpointed, llama, random_batch
 from smt_peft.optim import SMTAdamW
 from smt_peft.plan.activations import step
 from smt_peft.plan.device import Device
-from smt_peft.plan.methods import assumed_selection, empty, full, smt
 from smt_peft.plan.layers import Layers
+from smt_peft.plan.methods import assumed_selection, empty, full, smt
 from smt_peft.plan.state import optimizer, state_of
 
 pytestmark = pytest.mark.gpu

@@ -14,9 +14,7 @@ CASE = Case(Setting(sequences=1, tokens=0))
 
 def saving(*savings: int) -> list[Dial]:
     """A dial each, that takes so much off; `tokens` counts what is taken off."""
-    return [
-        Dial(f"cost {n}", (Level(f"key{n}=1", smt={f"dial{n}": each}),)) for n, each in enumerate(savings)
-    ]
+    return [Dial(f"cost {n}", (Level(f"key{n}=1", smt={f"dial{n}": each}),)) for n, each in enumerate(savings)]
 
 
 def peak(case: Case) -> int:
@@ -77,7 +75,10 @@ def test_what_the_run_has_already_is_not_offered():
 
 @pytest.mark.parametrize(
     ("smt", "expected"),
-    [({"density": 0.0084}, "smt.density=0.0042"), ({"num_blocks": 863, "density": None, "block_size": 64}, "smt.num_blocks=431")],
+    [
+        ({"density": 0.0084}, "smt.density=0.0042"),
+        ({"num_blocks": 863, "density": None, "block_size": 64}, "smt.num_blocks=431"),
+    ],
 )
 def test_fewer_blocks_are_offered_as_the_run_counts_them(smt, expected):
     assert expected in offered(Setting(), **smt)

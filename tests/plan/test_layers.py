@@ -64,6 +64,7 @@ def smt_config(name: str, **settings: Any) -> SMTConfig:
 
 def both(name: str, config: SMTConfig, packing: Packing | None = None):
     """The model as it is, and one with layers left out: each with its layers and its selection."""
+
     def build() -> nn.Module:
         model = MODELS[name].build()
         return model if packing is None else pack(model, packing)

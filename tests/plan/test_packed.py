@@ -93,5 +93,3 @@ def test_a_packed_base_is_stored_in_as_many_bytes(saved, packing):
     form, settings = PACKINGS[packing]
     base = pack(methods.empty(Model().build), form)
     assert sum(state_of(base, optimizer("sgd")).weights.values()) == stored(quantised(saved, settings, False))
-
-

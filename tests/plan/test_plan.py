@@ -177,6 +177,15 @@ def test_processes_that_share_the_weights_hold_a_part_each(tmp_path):
     assert shared.gathered > 0
 
 
+def test_blocks_are_chosen_on_the_whole_model_but_where_it_is_loaded_in_parts(tmp_path, monkeypatch):
+    run = load_run(write_run(tmp_path, TINY))
+    one, shared = plan(run).warm_up, plan(run, processes=4, sharded=True).warm_up
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert shared == one
+    assert plan(run).warm_up != one
+
+
 def test_accumulating_keeps_the_gradients_between_batches(tmp_path):
     run = load_run(write_run(tmp_path, TINY))
     more = load_run(tmp_path / "run.yaml", ["gradient_accumulation_steps=2"])

@@ -114,9 +114,10 @@ def _train(args: argparse.Namespace) -> None:
 
     run = load_run(args.config, args.overrides)
     if args.dry_run:
+        from .plan.table import plan_or_why_not
         from .training.dry_run import dry_run
 
-        dry_run(run)
+        dry_run(run, plan_or_why_not)
     else:
         from .training.run import train
 

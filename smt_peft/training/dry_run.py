@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from datasets import IterableDataset
@@ -26,8 +26,12 @@ from .tokens import tokenising_trainer
 FIRST_ROWS = 64
 
 
-def dry_run(run: Run) -> None:
-    """Print the settings, the data set, the targets and one sample.
+def dry_run(run: Run, planned: Callable[[Run], str] | None = None) -> None:
+    """Print the settings, the data set, the targets, the memory and one sample.
+
+    Args:
+        run: from `schema.load_run`.
+        planned: says what memory a run takes; a function, as the room that knows it stands above this one.
 
     Raises:
         ConfigError: what `train` would refuse as well, as far as it shows without weights.
@@ -39,6 +43,8 @@ def dry_run(run: Run) -> None:
     data = load_data(run.config, run.trainer, tokenizer)
     model = weightless(run.config)
     tell(_targets(run, model))
+    if planned is not None:
+        tell("\n" + planned(run) + "\n")
     tell(render_sample(_tokenised(run, model, tokenizer, data), tokenizer))
 
 

@@ -24,7 +24,6 @@ VALUES_PER_MODULE = 8
 RELATIVE_ROUNDING = 2.0**-7
 
 
-
 @dataclass(frozen=True)
 class Sampled:
     """A weight of which only the values that a fingerprint asks for have been read.

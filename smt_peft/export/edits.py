@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -106,7 +106,7 @@ class Edits:
         self.adapter, self.checkpoint = adapter, checkpoint
         model = _skeleton(checkpoint)
         self._parts = _parts_of(model, checkpoint)
-        self._targets = {name: _target(model, name) for name in _in_order(model, adapter.modules)}
+        self._targets = {name: target_of(model, name) for name in _in_order(model, adapter.modules)}
         self._set = self._set_besides(model)
         self._by_tensor: dict[str, list[tuple[str, Part]]] = {}
         for name, target in self._targets.items():
@@ -123,13 +123,22 @@ class Edits:
             ValueError: the base is another than the adapter was trained on, an index is impossible, or a value is not
                 finite; names the module.
         """
+        self.check_base()
+        self.check_values()
+
+    def check_base(self) -> None:
         check_base(self.adapter.config, self._bases())
+
+    def check_values(self) -> int:
+        """Returns the number of blocks."""
+        count = 0
         for name, target in self._targets.items():
-            self.adapter.blocks(name, target.shape)
+            count += len(self.adapter.blocks(name, target.shape)[0])
         for name, edits in self._set.items():
             for key, *_ in edits:
                 if not bool(torch.isfinite(self.adapter.tensor(key)).all()):
                     raise ValueError(f"{name}: {key} in the adapter file holds NaN or infinity; restore the adapter")
+        return count
 
     def apply_(self, name: str, values: Tensor) -> Tensor:
         """Merge into the values of a stored tensor, in one dimension, in place: the sum rounded once.
@@ -292,7 +301,12 @@ def _in_order(model: PreTrainedModel, modules: list[str]) -> list[str]:
     return sorted(modules, key=lambda name: (places.get(name, places.get(name.rpartition(".")[0], 0)), name))
 
 
-def _target(model: PreTrainedModel, name: str) -> Target:
+def target_of(model: nn.Module, name: str) -> Target:
+    """What the blocks of a module, or of a bare parameter, lie in.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if name in parameters:
         *_, rows, cols = parameters[name].shape

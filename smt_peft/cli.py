@@ -215,7 +215,9 @@ def _merge(args: argparse.Namespace) -> None:
         report = merge_adapter(args.adapter, args.out, onto=args.onto)
         if report is not None:
             print(report)
-        if args.report and report is not None:
+        elif args.report:
+            raise ValueError(f"{args.out} was merged in memory, so there is no report of its tensors to write")
+        if args.report:
             report.save(args.report)
     print(f"merged {args.adapter} into {args.out}; load it with transformers' from_pretrained")
 

@@ -66,18 +66,18 @@ class SavedAdapter:
         settings = settings_of(directory)
         if settings.get("peft_type") != "SMT":
             raise ValueError(f"{directory} holds an adapter of type {settings.get('peft_type')}, not SMT")
-        try:
-            config = SMTConfig.from_pretrained(str(directory))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{directory}/adapter_config.json is damaged ({error}); save the adapter again") from error
         file = directory / SAFETENSORS_WEIGHTS_NAME
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing; restore it, or save the adapter again")
         try:
             with safe_open(file, framework="pt") as tensors:
-                return cls(directory, config, tuple(tensors.keys()))
+                keys = tuple(tensors.keys())
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} is damaged ({error}); restore it, or save the adapter again") from error
+        try:
+            return cls(directory, SMTConfig.from_pretrained(str(directory)), keys)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{directory}/adapter_config.json is damaged ({error}); save the adapter again") from error
 
     @property
     def modules(self) -> list[str]:

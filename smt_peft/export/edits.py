@@ -1,8 +1,8 @@
 """What an adapter does to a checkpoint: which elements of which stored tensors change, and how.
 
 A model's parameter may be stored under another name, transposed, or in parts, such as one tensor per expert of what
-Transformers holds as one. How it is stored is asked of Transformers itself, once, on the meta device: what it would save
-of a parameter are then views of that parameter, and the offset and strides of a view say where each element lies.
+Transformers holds as one. How it is stored is asked of Transformers itself, once, on the meta device: what it would
+save of a parameter are then views of that parameter, and the offset and strides of a view say where each element lies.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A patch: the values that merging an adapter changes in a checkpoint, as they were and as they will be.
 
 One safetensors file. For every tensor NAME of the checkpoint that changes: `NAME.index`, the places of the changed
-elements counted row by row, sorted, int32 (int64 in a tensor of 2**31 elements and more); `NAME.new` and `NAME.old`, the
-values there in the dtype of the checkpoint. Its metadata has, under `smt_patch`, the format's version and per tensor
-the dtype, the shape, and the SHA-256 of all its bytes before and after.
+elements counted row by row, sorted, int32 (int64 in a tensor of 2**31 elements and more); `NAME.new` and `NAME.old`,
+the values there in the dtype of the checkpoint. Its metadata has, under `smt_patch`, the format's version and per
+tensor the dtype, the shape, and the SHA-256 of all its bytes before and after.
 """
 
 from __future__ import annotations

@@ -222,17 +222,17 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_merge_takes_less_memory_than_a_shard_and_the_blocks(tmp_path):
     save(tmp_path / "small", tiny_llama)
-    # Tensors of 4 MiB and less, in shards of some 90.
-    save(tmp_path / "large", lambda: tiny_llama(hidden=1024, layers=8, vocab=128), torch.bfloat16, "90MB", density=0.01)
+    # Tensors of 1.6 MB and less, in a shard of 40 MB.
+    save(tmp_path / "large", lambda: tiny_llama(hidden=640, layers=8, vocab=128), torch.bfloat16, "40MB", density=0.01)
     sizes = [file.stat().st_size for file in shards_of(tmp_path / "large" / "base").values()]
-    assert len(sizes) > 1 and max(sizes) > 80e6
+    assert len(sizes) > 1 and max(sizes) > 35e6
     blocks = (tmp_path / "large" / "adapter" / "adapter_model.safetensors").stat().st_size
     done = subprocess.run(
         [sys.executable, "-c", PEAK, tmp_path / "small", tmp_path / "large"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < max(sizes) + blocks
-    # And in fact less than half of a shard: one tensor, and the places of its blocks.
+    # And in fact for one tensor, and the places of its blocks: 6.7 MB (2026-11).
     assert int(done.stdout) < max(sizes) / 2
 
 

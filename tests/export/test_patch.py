@@ -17,7 +17,6 @@ from plain import run_plain, site_without
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from saved import save
-from transformers import AutoModelForCausalLM
 
 from smt_peft.cli import main
 from smt_peft.export import patching
@@ -106,11 +105,11 @@ def test_large_tensors_are_written_window_by_window(ready, monkeypatch):
     monkeypatch.setattr(patching, "WINDOW", 64)
     before = content(ready / "base")
     apply_patch(ready / "patch.safetensors", ready / "base")
-    merge = shards(ready / "base")
+    patched = shards(ready / "base")
     revert_patch(ready / "patch.safetensors", ready / "base")
     assert content(ready / "base") == before
     merge_adapter(ready / "adapter", ready / "merged")
-    assert shards(ready / "merged") == merge
+    assert shards(ready / "merged") == patched
 
 
 def refused(ready, action, words, *, patch="patch.safetensors", kind=ValueError):
@@ -141,9 +140,6 @@ def test_another_checkpoint_is_refused_before_any_byte(ready, tmp_path):
 
 
 def test_two_patches_of_one_base_do_not_mix(ready):
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(ready / "base", dtype="auto")
-    del model
     tensors = load_file(ready / "adapter" / "adapter_model.safetensors")
     save_file({k: v * 2 if v.is_floating_point() else v for k, v in tensors.items()}, ready / "twice")
     os.replace(ready / "twice", ready / "adapter" / "adapter_model.safetensors")
@@ -242,8 +238,7 @@ def test_a_killed_process_leaves_a_journal_that_others_must_heed(ready):
 
 def test_a_journal_cut_off_is_no_permission_to_skip_the_hashes(ready):
     (ready / "base" / JOURNAL).write_text('{"patch": "')
-    merge_adapter_refuses = pytest.raises(ValueError, match="a patch was being written")
-    with merge_adapter_refuses:
+    with pytest.raises(ValueError, match="a patch was being written"):
         merge_adapter(ready / "adapter", ready / "merged")
     with pytest.raises(ValueError, match="is not in .*nothing was written"):
         revert_patch(ready / "patch.safetensors", ready / "base")
@@ -252,9 +247,9 @@ def test_a_journal_cut_off_is_no_permission_to_skip_the_hashes(ready):
 
 
 def test_two_processes_do_not_patch_at_once(ready):
-    with patching._held(ready / "base" / JOURNAL):
-        with pytest.raises(BlockingIOError, match="another process is patching"):
-            apply_patch(ready / "patch.safetensors", ready / "base")
+    busy = pytest.raises(BlockingIOError, match="another process is patching")
+    with patching._held(ready / "base" / JOURNAL), busy:
+        apply_patch(ready / "patch.safetensors", ready / "base")
     (ready / "base" / JOURNAL).unlink()
 
 

@@ -179,7 +179,6 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
     selection = BlockSelection.load(settings["selection"]) if settings["selection"] else None
     dtype, unmerged = getattr(torch, settings["dtype"]), own
     before, plain = _load(settings, "cpu"), []
-    layouts, deltas, in_full = _read_adapter(Path(settings["adapter"]), selection, before)
     if settings["quantization"]:
         # Merging leaves the floats that were trained; packing them again would round.
         unmerged = _by_overlay(model, ids, mask)
@@ -187,6 +186,8 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
         base = _load(settings, settings["device"])
         plain = dequantise_(base)
         model = PeftModel.from_pretrained(base, settings["adapter"]).eval()
+    # Of plain layers, whose weights have their shapes.
+    layouts, deltas, in_full = _read_adapter(Path(settings["adapter"]), selection, before)
     merged_model = model.merge_and_unload()
     weights_ok, untouched = _compare_weights(merged_model, before, layouts, deltas, in_full)
     round_to(plain, dtype)

@@ -66,24 +66,21 @@ def verify_adapter(
     edits = _static(adapter, base, checks)
     if any(check.passed is False for check in checks):
         return checks
+    if adapter.config.task_type not in (None, "CAUSAL_LM"):
+        checks.append(Check("reload", None, f"causal language models only, this one is for {adapter.config.task_type}"))
+        return checks if merged_dir is None else [*checks, _merged(None, edits, Path(merged_dir), 0.0)]
     try:
         model, result = _loaded(adapter, base)
     except (ConfigError, VerificationError, ValueError, OSError) as error:
         return [*checks, Check("reload", False, str(error))]
-    checks.append(
-        Check(
-            "reload",
-            result["passed"]["reload"],
-            f"logits of {result['rows']} rows in two processes: largest difference {result['reload_difference']:g}",
-        )
+    difference, moved, allowed = (
+        result[what] for what in ("reload_difference", "merged_difference", "merged_tolerance")
     )
-    moved, allowed = result["merged_difference"], result["merged_tolerance"]
-    in_memory = result["passed"]["merged"] and result["passed"]["weights"]
+    text = f"logits of {result['rows']} rows in two processes: largest difference {difference:g}"
+    checks.append(Check("reload", result["passed"]["reload"], text))
     text = f"merging in memory moves logits by {moved:.2g}, rounding allows {allowed:.2g}"
-    checks.append(Check("merge", in_memory, text))
-    if merged_dir is not None:
-        checks.append(_merged(model, edits, Path(merged_dir), allowed))
-    return checks
+    checks.append(Check("merge", result["passed"]["merged"] and result["passed"]["weights"], text))
+    return checks if merged_dir is None else [*checks, _merged(model, edits, Path(merged_dir), allowed)]
 
 
 def _static(adapter: SavedAdapter, base: str, checks: list[Check]) -> Edits | None:
@@ -125,7 +122,8 @@ def _sequences(model: Any) -> list[list[int]]:
     return torch.randint(0, config.vocab_size, (PROBE_ROWS, length), generator=generator).tolist()
 
 
-def _merged(model: PeftModel, edits: Edits | None, directory: Path, allowed: float) -> Check:
+def _merged(model: PeftModel | None, edits: Edits | None, directory: Path, allowed: float) -> Check:
+    """Byte for byte where the base's files can be compared, else by logits."""
     why = "the base's files cannot be compared with it"
     try:
         if edits is not None:
@@ -133,9 +131,11 @@ def _merged(model: PeftModel, edits: Edits | None, directory: Path, allowed: flo
             return Check("merged", True, f"{directory} is base + delta, rounded once: {report}")
     except (ValueError, OSError) as error:
         # Merged onto the weights of a quantised base it has other bytes, and the logits that were trained.
-        if model.peft_config["default"].base_quantization is None:
+        if edits.adapter.config.base_quantization is None:
             return Check("merged", False, str(error))
         why = str(error)
+    if model is None:
+        return Check("merged", None, why)
     try:
         plain = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(model.device).eval()
     except (OSError, ValueError) as error:

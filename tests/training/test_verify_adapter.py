@@ -115,6 +115,15 @@ def test_a_base_without_safetensors_is_looked_at_when_loaded(ready):
     assert found == {"files": True, "blocks": None, "base": None, "reload": True, "merge": True}
 
 
+def test_of_a_classifier_the_files_are_checked(tmp_path):
+    save(tmp_path, tiny_llama)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "task_type": "SEQ_CLS"}))
+    found = outcome(verify_adapter(tmp_path / "adapter", merged_dir=tmp_path / "merged"))
+    assert found == {"files": True, "blocks": True, "base": True, "reload": None, "merged": True}
+
+
 @pytest.mark.parametrize("onto", ["checkpoint", "dequantised"])
 def test_an_adapter_of_a_quantised_base_and_both_its_merges_pass(tmp_path, onto):
     pytest.importorskip("bitsandbytes")

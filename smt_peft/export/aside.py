@@ -24,8 +24,7 @@ def directory_aside(out: Path, nbytes: int = 0) -> Iterator[Path]:
         FileExistsError: `out` exists and is not empty.
         OSError: there is no room, or no leave to write there; says how to go on.
     """
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise FileExistsError(f"{out} exists and is not empty; choose a new directory")
+    check_new_directory(out)
     aside = _beside(out)
     with _told(out, aside):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -44,14 +43,25 @@ def directory_aside(out: Path, nbytes: int = 0) -> Iterator[Path]:
 @contextmanager
 def file_aside(out: Path) -> Iterator[Path]:
     """The same for one file, which must not exist."""
-    if out.exists() or out.is_symlink():
-        raise FileExistsError(f"{out} exists; choose a new name")
+    check_new_file(out)
     aside = _beside(out)
     with _told(out, aside):
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         yield aside
         sync(aside)
         aside.rename(out)
+
+
+def check_new_directory(out: Path) -> None:
+    """Raise `FileExistsError` unless a directory can be made there, or is there and empty."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise FileExistsError(f"{out} exists and is not empty; choose a new directory")
+
+
+def check_new_file(out: Path) -> None:
+    """Raise `FileExistsError` when something is there."""
+    if out.exists() or out.is_symlink():
+        raise FileExistsError(f"{out} exists; choose a new name")
 
 
 def sync(path: Path) -> None:

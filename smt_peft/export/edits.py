@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import transformers
@@ -107,6 +108,8 @@ class Edits:
         model = _skeleton(checkpoint)
         self._parts = _parts_of(model, checkpoint)
         self._targets = {name: target_of(model, name) for name in _in_order(model, adapter.modules)}
+        # The tensors of experts come in turns, each with a part of two or three parameters.
+        self._blocks = lru_cache(maxsize=4)(self._read_blocks)
         self._set = self._set_besides(model)
         self._by_tensor: dict[str, list[tuple[str, Part]]] = {}
         for name, target in self._targets.items():
@@ -132,8 +135,8 @@ class Edits:
     def check_values(self) -> int:
         """Returns the number of blocks."""
         count = 0
-        for name, target in self._targets.items():
-            count += len(self.adapter.blocks(name, target.shape)[0])
+        for name in self._targets:
+            count += len(self._read_blocks(name)[0])
         for name, edits in self._set.items():
             for key, *_ in edits:
                 if not bool(torch.isfinite(self.adapter.tensor(key)).all()):
@@ -153,9 +156,8 @@ class Edits:
             else:
                 values.view(part.shape)[rows] = trained.to(values.dtype)
         for module, part in self._by_tensor.get(name, ()):
-            target = self._targets[module]
-            layout, delta = self.adapter.blocks(module, target.shape)
-            for positions, added in _elements(layout, delta, target, part):
+            layout, delta = self._blocks(module)
+            for positions, added in _elements(layout, delta, self._targets[module], part):
                 merged = ops.add_rounded(values[positions], added)
                 if not bool(torch.isfinite(merged).all()):
                     raise ValueError(
@@ -164,6 +166,9 @@ class Edits:
                     )
                 values[positions] = merged
         return values
+
+    def _read_blocks(self, module: str) -> tuple[BlockLayout, Tensor]:
+        return self.adapter.blocks(module, self._targets[module].shape)
 
     def _bases(self) -> dict[str, Sampled]:
         """What the fingerprint asks for of the base, read by itself."""

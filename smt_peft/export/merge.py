@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..bases.packed import quantization_of
 from ..say import say
 from .adapter import SavedAdapter, settings_of
-from .aside import directory_aside
+from .aside import check_new_directory, directory_aside
 from .checkpoint import COMPANIONS, INDEX, Checkpoint, NoShards, Shard, StoredTensor, directory_of
 from .dequantised import dequantise_, quantization_config, round_to
 from .edits import Edits, NotInPlace
@@ -91,6 +91,8 @@ def merge_adapter(
     adapter_dir, out_dir = Path(adapter_dir), Path(out_dir)
     settings = settings_of(adapter_dir)
     base, record = settings["base_model_name_or_path"], settings.get("base_quantization")
+    # Now, and not when the work is done.
+    check_new_directory(out_dir)
     if onto != "checkpoint":
         _save(_onto_quantised(adapter_dir, base, record, onto == "dequantised"), adapter_dir, base, out_dir)
         return None

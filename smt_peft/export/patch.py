@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .adapter import SavedAdapter
-from .aside import file_aside
+from .aside import check_new_file, file_aside
 from .checkpoint import CHUNK, FLOATS, Checkpoint, StoredTensor, directory_of
 from .edits import Edits
 from .merge import merged_tensor
@@ -129,6 +129,7 @@ def export_patch(adapter_dir: str | Path, file: str | Path) -> Patch:
             tensors, so that only a merge can serve it.
     """
     adapter, file = SavedAdapter.open(Path(adapter_dir)), Path(file)
+    check_new_file(file)
     edits = Edits(adapter, Checkpoint.open(directory_of(adapter.config.base_model_name_or_path)))
     edits.check()
     content: dict[str, Tensor] = {}

@@ -321,7 +321,8 @@ def _rivals(selection: BlockSelection, run: Run, setting: Setting) -> Iterator[M
 def _warm_up(build: methods.Build, config: SMTConfig, setting: Setting) -> int:
     model = build()
     weights = state_of(model, optimizer(setting.optimizer)).total
-    # Before the training: without autocast and checkpointing, and with the loss of the model itself.
+    # Before the training: without autocast, and with the loss of the model itself.
+    _checkpointing(model, setting.checkpointing)
     device = replace(setting.device, autocast=None)
     above = warm_up(model, config, token_batch(setting), device)
     if setting.sharded and setting.processes > 1:
@@ -365,6 +366,8 @@ def _changes(run: Run, setting: Setting, selection: BlockSelection, now: Memory,
             of(replace(setting, packing=Packing("nf4", 4))),
         )
     if not setting.checkpointing and now.other is not None:
+        there = replace(setting, checkpointing=True)
+        choosing = choosing and _warm_up(partial(base, run, setting), run.smt, there)
         peak = max(now.peak(now.other), choosing)
         yield Change("gradient_checkpointing=true", "one more forward pass in a step", peak)
     if setting.tokens > 1:

@@ -96,6 +96,21 @@ def passes_as_adapted(model: nn.Module) -> Iterator[None]:
         model._hf_peft_config_loaded = before
 
 
+@contextmanager
+def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Activation checkpointing before the trainer switches it on, where it is wanted and the model has it."""
+    if not wanted or not getattr(model, "supports_gradient_checkpointing", False):
+        yield
+        return
+    # Two names of one switch; where there are both, the older one warns.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with a model; one without a padding token pads with its end-of-text token."""
     try:

@@ -34,7 +34,7 @@ from .errors import ConfigError
 from .evaluate import exact_match
 from .keys import AUTO
 from .launched import all_or_none, forget_engine, unprepare, wait_for_everyone, whole_or_gathering
-from .model import load_base, load_tokenizer
+from .model import checkpointed, load_base, load_tokenizer
 from .schema import Run
 from .tell import tell
 from .tokens import tokenising_trainer
@@ -154,7 +154,11 @@ def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
     loader = prepared.trainer.get_train_dataloader()
     set_seed(run.trainer.seed)
     try:
-        with _blaming("smt"), whole_or_gathering(prepared.model) as model:
+        with (
+            _blaming("smt"),
+            checkpointed(prepared.model, run.trainer.gradient_checkpointing),
+            whole_or_gathering(prepared.model) as model,
+        ):
             selection = select_blocks(
                 model, run.smt, loader, num_batches=run.warmup_batches, progress=not run.trainer.disable_tqdm
             )

@@ -48,6 +48,7 @@ class RunConfig:
 
     Args:
         model_name_or_path: the base model: a local directory or a name on the Hub.
+        task: what is learned: the next tokens of texts and answers (`sft`).
         dtype: of the base weights; None stands for float32 on a CPU and `"auto"` (the checkpoint's own) elsewhere.
         load_in_4bit: quantise the base to 4 bits with bitsandbytes while it is loaded; `dtype` is then that of the
             computation.
@@ -77,6 +78,7 @@ class RunConfig:
     """
 
     model_name_or_path: str
+    task: Literal["sft"] = "sft"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     load_in_4bit: bool = False
     load_in_8bit: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -25,8 +27,40 @@ if TYPE_CHECKING:
     from .keys import RunConfig
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a base model ends in.
+
+    Args:
+        task_type: as PEFT calls it: `CAUSAL_LM`, or `SEQ_CLS`, whose head is made anew unless the checkpoint has it.
+        labels: the names of the classes of `SEQ_CLS`, in their order.
+    """
+
+    task_type: str = "CAUSAL_LM"
+    labels: tuple[str, ...] = ()
+
+    @property
+    def auto_class(self) -> type:
+        return AutoModelForCausalLM if self.task_type == "CAUSAL_LM" else AutoModelForSequenceClassification
+
+    def settings(self) -> dict[str, Any]:
+        """What a model's config is told of it."""
+        if not self.labels:
+            return {}
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: number for number, label in enumerate(self.labels)},
+            "problem_type": "single_label_classification",
+        }
+
+
 def load_model(
-    name: str, dtype: str | None, device: torch.device | str, quantization: Any | None = None
+    name: str,
+    dtype: str | None,
+    device: torch.device | str,
+    quantization: Any | None = None,
+    head: Head | None = None,
 ) -> PreTrainedModel:
     """The base model on `device`, in evaluation mode.
 
@@ -35,15 +69,18 @@ def load_model(
         dtype: a torch dtype by name, `"auto"` for the checkpoint's, or None: float32 on a CPU, else `"auto"`.
         device: where the weights go.
         quantization: a `quantization_config` of Transformers; None loads the weights as they are.
+        head: what it ends in; None: a causal language model.
     """
+    head = head or Head()
+    settings = head.settings()
     if dtype is None:
         dtype = "float32" if torch.device(device).type == "cpu" else "auto"
     disable_progress_bar()
     try:
         if quantization is None:
-            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, quantization_config=quantization, device_map={"": torch.device(device)}
+            return head.auto_class.from_pretrained(name, dtype=dtype, **settings).to(device).eval()
+        model = head.auto_class.from_pretrained(
+            name, dtype=dtype, quantization_config=quantization, device_map={"": torch.device(device)}, **settings
         )
         # TRL would cast what is trainable in a quantised model to bf16, norms and embeddings too.
         return model.requires_grad_(False).eval()
@@ -53,17 +90,17 @@ def load_model(
         enable_progress_bar()
 
 
-def load_base(config: RunConfig, device: torch.device | str) -> PreTrainedModel:
+def load_base(config: RunConfig, device: torch.device | str, head: Head | None = None) -> PreTrainedModel:
     """The base model of a run, quantised if the run says so."""
-    return load_model(config.model_name_or_path, config.dtype, device, _quantization(config, device))
+    return load_model(config.model_name_or_path, config.dtype, device, _quantization(config, device), head)
 
 
-def weightless(config: RunConfig) -> PreTrainedModel:
+def weightless(config: RunConfig, head: Head | None = None) -> PreTrainedModel:
     """The base model of a run on the meta device, in floats: its modules and shapes, and no weight read."""
-    name = config.model_name_or_path
+    name, head = config.model_name_or_path, head or Head()
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).eval()
+            return head.auto_class.from_config(AutoConfig.from_pretrained(name, **head.settings())).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"model_name_or_path: {name} cannot be built: {error}") from error
 

@@ -36,9 +36,10 @@ class LocalFile:
         Raises:
             ConfigError: the file is empty, or no valid Parquet.
         """
-        if Path(self.path).stat().st_size == 0:
+        if not (first := _first_byte(self.path)):
             raise ConfigError(f"{self.path} is empty; put at least one row into it")
-        if self.suffix == ".json" and _starts_with_bracket(self.path):
+        if READERS[self.suffix] == "json" and first != b"{":
+            # An array, or no row: of a `null` in the first place Arrow's reader dies (pyarrow 26, 2026-11).
             return None
         verbosity = get_verbosity()
         # What cannot be read is told with its line, and not by its reader.
@@ -60,7 +61,7 @@ class LocalFile:
             found = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
         elif self.suffix == ".csv":
             found = _records(self.path)
-        elif self.suffix == ".json" and _starts_with_bracket(self.path):
+        elif self.suffix == ".json" and _first_byte(self.path) == b"[":
             found = _array(self.path)
         else:
             found = _lines(self.path)
@@ -84,9 +85,10 @@ class LocalFile:
         return row
 
 
-def _starts_with_bracket(path: str) -> bool:
+def _first_byte(path: str) -> bytes:
+    """The first one that is no blank; empty where there is none."""
     with open(path, "rb") as file:
-        return file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        return file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
 
 
 def _lines(path: str) -> Iterator[tuple[str, dict | str]]:
@@ -104,12 +106,14 @@ def _parse(line: bytes) -> dict | str:
         return f"no valid UTF-8 (byte {error.start + 1})"
     except json.JSONDecodeError as error:
         return f"no valid JSON ({error.msg}, column {error.colno}); a jsonl file has one whole object per line"
+    except RecursionError:
+        return "brackets inside brackets, too many to be read"
     return _as_row(row, escaped=b"\\u" in line)
 
 
 def _as_row(row: object, escaped: bool = True) -> dict | str:
     if not isinstance(row, dict):
-        return f'a row must be an object like {{"prompt": ..., "completion": ...}}, got {type(row).__name__}'
+        return f'a row must be an object like {{"prompt": ..., "completion": ...}}, got {json.dumps(row)[:40]}'
     if escaped:
         try:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
@@ -147,7 +151,7 @@ def _records(path: str) -> Iterator[tuple[str, dict | str]]:
     csv.field_size_limit(sys.maxsize)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file)
-        header = next(reader)
+        header = next(reader, [])
         line = reader.line_num + 1
         for values in reader:
             if values:

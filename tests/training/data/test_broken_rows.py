@@ -20,6 +20,7 @@ def turn(role, content) -> dict:
 
 BROKEN = {
     "cut off": ([GOOD, '{"prompt": "a", "comple'], "line 2: no valid JSON"),
+    "nested without end": ([GOOD, '{"prompt": ' + "[" * 5000], "line 2: brackets inside brackets"),
     "no object": ([GOOD, "", "[1, 2]"], "line 3: a row must be an object"),
     "half a character": ([GOOD, r'{"prompt": "\ud800", "completion": "b"}'], "line 2: half a surrogate pair"),
     "missing": ([GOOD, "", {"prompt": "a"}], "line 3: completion must be text or a list, got nothing"),
@@ -135,3 +136,21 @@ def test_assistant_only_loss_needs_an_assistant_in_every_row(tmp_path):
     with pytest.raises(ConfigError, match="line 2: the assistant says nothing"):
         load(path, trainer={"assistant_only_loss": True})
     assert len(load(path).train) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_null_in_the_first_line_is_a_broken_row(tmp_path, streaming):
+    # Arrow's reader of JSON lines ends the process there.
+    path = write(tmp_path / "rows.jsonl", "null", GOOD)
+    with pytest.raises(ConfigError, match="rows.jsonl, line 1: a row must be an object .* got null"):
+        list(load(path, dataset_streaming=streaming).train)
+    assert list(load(path, dataset_streaming=streaming, on_broken_row="skip").train) == [GOOD]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json"])
+def test_a_file_of_a_byte_order_mark_alone_has_no_rows(tmp_path, suffix, streaming):
+    file = tmp_path / f"rows.{suffix}"
+    file.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(ConfigError, match="put at least one"):
+        load(str(file), dataset_streaming=streaming)

@@ -71,28 +71,35 @@ def load_model(
         quantization: a `quantization_config` of Transformers; None loads the weights as they are.
         head: what it ends in; None: a causal language model.
     """
-    head = head or Head()
-    settings = head.settings()
+    return _load(name, dtype, device, quantization, head or Head())[0]
+
+
+def load_base(
+    config: RunConfig, device: torch.device | str, head: Head | None = None
+) -> tuple[PreTrainedModel, set[str]]:
+    """The base model of a run, quantised if the run says so, and the names of weights that are new and random."""
+    return _load(config.model_name_or_path, config.dtype, device, _quantization(config, device), head or Head())
+
+
+def _load(
+    name: str, dtype: str | None, device: torch.device | str, quantization: Any | None, head: Head
+) -> tuple[PreTrainedModel, set[str]]:
     if dtype is None:
         dtype = "float32" if torch.device(device).type == "cpu" else "auto"
+    settings = {"dtype": dtype, "output_loading_info": True, **head.settings()}
+    if quantization is not None:
+        settings |= {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
     disable_progress_bar()
     try:
+        model, info = head.auto_class.from_pretrained(name, **settings)
         if quantization is None:
-            return head.auto_class.from_pretrained(name, dtype=dtype, **settings).to(device).eval()
-        model = head.auto_class.from_pretrained(
-            name, dtype=dtype, quantization_config=quantization, device_map={"": torch.device(device)}, **settings
-        )
+            return model.to(device).eval(), set(info["missing_keys"])
         # TRL would cast what is trainable in a quantised model to bf16, norms and embeddings too.
-        return model.requires_grad_(False).eval()
+        return model.requires_grad_(False).eval(), set(info["missing_keys"])
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"model_name_or_path: {name} cannot be loaded: {error}") from error
     finally:
         enable_progress_bar()
-
-
-def load_base(config: RunConfig, device: torch.device | str, head: Head | None = None) -> PreTrainedModel:
-    """The base model of a run, quantised if the run says so."""
-    return load_model(config.model_name_or_path, config.dtype, device, _quantization(config, device), head)
 
 
 def weightless(config: RunConfig, head: Head | None = None) -> PreTrainedModel:
@@ -148,13 +155,18 @@ def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
         getattr(model, f"{kind}_checkpointing_disable")()
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with a model; one without a padding token pads with its end-of-text token."""
+def load_tokenizer(name: str, generates: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a model; one without a padding token pads with its end-of-text token.
+
+    Args:
+        name: a directory or a name on the Hub.
+        generates: whether the model is to write, and so must know how to stop.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model_name_or_path: the tokenizer of {name} cannot be loaded: {error}") from error
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and (generates or tokenizer.pad_token is None):
         raise ConfigError(
             f"model_name_or_path: the tokenizer of {name} has no eos_token, so a model cannot learn to "
             "stop; set one in its tokenizer_config.json"

@@ -9,7 +9,7 @@ import pytest
 
 from smt_peft.training.data.forms import FORMS
 from smt_peft.training.errors import ConfigError
-from smt_peft.training.keys import RunConfig, known_keys
+from smt_peft.training.keys import TASK_FORMS, RunConfig, known_keys
 from smt_peft.training.schema import load_run
 
 
@@ -91,7 +91,9 @@ def test_values_reach_the_configs(workshop):
 
 
 def test_the_forms_of_the_schema_are_those_that_are_read():
-    assert get_args(known_keys()["dataset_format"]) == ("auto", *FORMS)
+    forms = get_args(known_keys()["dataset_format"])
+    assert forms == ("auto", *(form for forms in TASK_FORMS.values() for form in forms))
+    assert TASK_FORMS["sft"] == tuple(FORMS)
 
 
 def test_interpolation_and_yaml_floats(workshop):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .classification import Classification
+from .dpo import Dpo
 from .sft import Sft
 from .task import Task
 
 if TYPE_CHECKING:
     from ..schema import Run
 
-TASKS: dict[str, Task] = {"sft": Sft()}
+TASKS: dict[str, Task] = {"sft": Sft(), "dpo": Dpo(), "classification": Classification()}
 
 
 def task_of(run: Run) -> Task:

@@ -64,7 +64,8 @@ class Task(ABC):
 
     def load_model(self, run: Run, data: Data, device: torch.device | str) -> PreTrainedModel:
         """The base model with weights, on a device."""
-        return load_base(run.config, device, self.head(data))
+        model, _ = load_base(run.config, device, self.head(data))
+        return model
 
     def weightless(self, run: Run, data: Data) -> PreTrainedModel:
         """The base model on the meta device."""

@@ -81,6 +81,8 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
     }
     outputs.save_adapter(trainer.model, prepared.tokenizer, directory, first=main)
     if main:
+        if run.smt.task_type == "SEQ_CLS":
+            outputs.write_labels(directory, prepared.model.config.id2label)
         outputs.write_metrics(directory, metrics, finished=False)
     if run.config.verify:
         metrics["verified"] = _verify(run, prepared, trainer, directory)

@@ -36,6 +36,10 @@ def results(metrics: Mapping[str, Any]) -> str:
         rows[f"LoRA, rank {metrics['lora']['rank']}"] = metrics["lora"]
     columns = {
         "exact_match": ("exact match", "{:.1%}"),
+        "accuracy": ("accuracy", "{:.1%}"),
+        "f1": ("F1", "{:.1%}"),
+        "reward_accuracy": ("chosen preferred", "{:.1%}"),
+        "reward_margin": ("reward margin", "{:.4f}"),
         "eval_loss": ("eval loss", "{:.4f}"),
         "trainable_parameters": ("trainable parameters", "{:,}"),
         "seconds": ("training seconds", "{:.0f}"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..bases.repacking import REPACKS, unpack_for_cpu
 from ..bases.sharded import is_dtensor
@@ -49,9 +50,9 @@ def _called(model: nn.Module, base: nn.Module) -> nn.Module:
 def borrowed(model: nn.Module, seed: int, checkpointing: bool) -> Iterator[nn.Module]:
     """The base model to call, with every parameter frozen, in evaluation mode and with seeded random generators.
 
-    Adapters are off and no key-value cache is kept. Modules for which gradient checkpointing is switched on stay in
-    training mode, which is where Transformers checkpoints, when `checkpointing` is asked for. They use the
-    non-reentrant kind meanwhile: the reentrant one drops the gradients of a segment whose inputs need none.
+    Adapters are off and no key-value cache is kept. When `checkpointing` is asked for, modules for which it is switched
+    on go on with it: they say that they train, since Transformers checkpoints only then, but compute as in evaluation.
+    They use the non-reentrant kind meanwhile: the reentrant one drops gradients where a segment's inputs need none.
 
     Raises:
         ValueError: an adapter is merged into the weights, so they are not the base's.
@@ -76,16 +77,15 @@ def borrowed(model: nn.Module, seed: int, checkpointing: bool) -> Iterator[nn.Mo
             if hasattr(module, "_disable_adapters"):
                 # Also where the adapters were put into the model itself, which has no switch of a `PeftModel`.
                 _set(stack, module, "_disable_adapters", True)
-            active = checkpointing and getattr(module, "gradient_checkpointing", False) is True
-            _set(stack, module, "training", active)
-            if active:
-                _make_non_reentrant(stack, module)
+            _set(stack, module, "training", False)
             if hasattr(module, REPACKS):
                 unpack_for_cpu(module)
                 _set(stack, module, REPACKS, False)
             config = getattr(module, "config", None)
             if getattr(config, "use_cache", None) is True:
                 _set(stack, config, "use_cache", False)
+        for module in _checkpointed(base) if checkpointing else ():
+            _keep_checkpointing(stack, module)
         stack.callback(_reshard, model)
         yield _called(model, base)
 
@@ -114,8 +114,46 @@ def _set(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
         stack.callback(setattr, owner, name, found)
 
 
-def _make_non_reentrant(stack: ExitStack, module: nn.Module) -> None:
-    function = getattr(module, "_gradient_checkpointing_func", None)
+def _checkpointed(base: nn.Module) -> list[nn.Module]:
+    """The modules that checkpoint when they train.
+
+    Layers of current models do so by themselves; the stack around them then has the flag, too, without a use for it.
+    """
+    flagged = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    layers = {module for module in flagged if isinstance(module, GradientCheckpointingLayer)}
+    return [module for module in flagged if module in layers or layers.isdisjoint(module.modules())]
+
+
+def _keep_checkpointing(stack: ExitStack, module: nn.Module) -> None:
+    _set(stack, module, "training", True)
+    if isinstance(module, GradientCheckpointingLayer):
+        run = _non_reentrant(module._gradient_checkpointing_func)
+        _set(
+            stack,
+            module,
+            "_gradient_checkpointing_func",
+            lambda layer, *args: run(partial(_still, module, layer), *args),
+        )
+        return
+    # An older stack: its layers are in evaluation mode, what it drops itself it does at rates of its own.
+    for name, rate in list(vars(module).items()):
+        if "drop" in name and isinstance(rate, float):
+            _set(stack, module, name, 0.0)
+    if hasattr(module, "_gradient_checkpointing_func"):
+        run = _non_reentrant(module._gradient_checkpointing_func)
+        _set(stack, module, "_gradient_checkpointing_func", run)
+
+
+def _still(module: nn.Module, layer: Callable, *args: Any) -> Any:
+    """A layer in evaluation mode, also when backward runs it again: some drop outputs by their own `self.training`."""
+    module.training = False
+    try:
+        return layer(*args)
+    finally:
+        module.training = True
+
+
+def _non_reentrant(function: Callable) -> Callable:
     if isinstance(function, partial) and function.func is checkpoint:
-        settings = function.keywords | {"use_reentrant": False}
-        _set(stack, module, "_gradient_checkpointing_func", partial(checkpoint, *function.args, **settings))
+        return partial(checkpoint, *function.args, **function.keywords | {"use_reentrant": False})
+    return function

@@ -113,7 +113,17 @@ _CALCULATION = Alias(
     _of(_CALCULATIONS, "of mean_abs, abs_mean and L1 there is a counterpart; see score in docs/yaml.md"),
 )
 
+_STAGES = "of sft and dpo there is a counterpart; write task: sft, task: dpo or task: classification"
+_LOSSES = "of sigmoid, hinge and ipo there is a counterpart; write loss_type, as TRL's DPOConfig has it"
+
 ALIASES: dict[str, Alias] = {
+    # what is learned
+    "stage": Alias("task", str, _of({"sft": "sft", "dpo": "dpo"}, _STAGES)),
+    "rl": Alias("task", str, _of({"dpo": "dpo"}, _STAGES)),
+    "rl_beta": Alias("beta"),
+    "dpo_beta": Alias("beta"),
+    "pref_beta": Alias("beta"),
+    "pref_loss": Alias("loss_type", str, _of({"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo"}, _LOSSES)),
     # the base model
     "base_model": Alias("model_name_or_path"),
     "model": Alias("model_name_or_path"),
@@ -189,6 +199,9 @@ REFUSED: dict[str, str] = {
     "dataset": "write dataset_path: FILE for local files, or dataset_name: NAME for a data set on the Hub",
     "val_dataset": "write eval_dataset_path: FILE for local files, or dataset_test_split: SPLIT on the Hub",
     "dataset_name_or_path": "write dataset_path: FILE for local files, or dataset_name: NAME for a data set on the Hub",
+    "num_labels": "the classes are those of the training set; leave it out",
+    "ref_model": "the reference is the base with the blocks off; leave it out",
+    "ref_adapter": "the reference is the base with the blocks off; leave it out",
     "val_set_size": _SPLIT,
     "val_size": _SPLIT,
     "global_batch_size": "write per_device_train_batch_size and gradient_accumulation_steps; their product with the "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .data.source import file_errors, mixture_errors
-from .keys import AUTO, SMT_OPTIMIZERS, TRAINER_OPTIMIZERS
+from .keys import AUTO, SMT_OPTIMIZERS, TASK_FORMS, TRAINER_OPTIMIZERS, RunConfig
 from .source import Errors
 
 
@@ -42,6 +42,61 @@ def check_presence(flat: Mapping[str, Any], errors: Errors) -> None:
             errors.add(key, f"{key} must be at least 1, got {flat[key]}")
 
 
+# Ours that are about answers which a model writes.
+_OF_SFT = ("eval_exact_match", "generation_max_new_tokens", "generation_batch_size")
+# TRL 1.16 refuses others only when the first batch is there.
+_DPO_LOSSES = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+)
+
+
+def check_task(task: str, good: Mapping[str, Any], errors: Errors) -> None:
+    """What a task cannot do though its keys are known."""
+    form = good.get("dataset_format", AUTO)
+    if form not in (AUTO, *TASK_FORMS[task]):
+        errors.add(
+            "dataset_format",
+            f"dataset_format: rows of task: {task} have the form {' or '.join(TASK_FORMS[task])}, not {form}; say "
+            "that, or set another task",
+        )
+    for key in _OF_SFT:
+        # The defaults pass: the resolved keys of a run, which is read again, hold them.
+        default = RunConfig.__dataclass_fields__[key].default
+        if task != "sft" and good.get(key, default) != default:
+            errors.add(key, f"{key} is about completions of prompts, which task: {task} does not make; leave it out")
+    if good.get("dataset_streaming") and task == "classification":
+        errors.add(
+            "dataset_streaming",
+            "dataset_streaming: task: classification reads all rows first, to know the classes; leave it out",
+        )
+    if good.get("dataset_streaming") and good.get("precompute_ref_log_probs"):
+        errors.add(
+            "precompute_ref_log_probs",
+            "precompute_ref_log_probs takes rows that are read whole; leave it out, or dataset_streaming",
+        )
+    losses = good.get("loss_type", []) if task == "dpo" else []
+    for number, loss in enumerate([losses] if isinstance(losses, str) else losses):
+        if loss not in _DPO_LOSSES:
+            place = "loss_type" if isinstance(losses, str) else f"loss_type.{number}"
+            near = next(iter(difflib.get_close_matches(loss, _DPO_LOSSES, n=1)), None)
+            hint = f"did you mean {near!r}?" if near else f"there are {', '.join(_DPO_LOSSES)}"
+            errors.add(place, f"{place}: there is no loss {loss!r}; {hint}")
+
+
 def check_quantisation(good: Mapping[str, Any], errors: Errors) -> None:
     asked = [key for key in ("load_in_4bit", "load_in_8bit") if good.get(key)]
     if len(asked) == 2:
@@ -54,12 +109,12 @@ def check_quantisation(good: Mapping[str, Any], errors: Errors) -> None:
             errors.add(key, f"{key} has no effect without load_in_4bit: true; set that, or leave the key out")
 
 
-def check_files(good: Mapping[str, Any], errors: Errors) -> None:
+def check_files(task: str, good: Mapping[str, Any], errors: Errors) -> None:
     for key in ("dataset_path", "eval_dataset_path"):
         for place, fault in file_errors(good.get(key)):
             errors.add(key + place, f"{key}: {fault}")
     if good.get("dataset_mixture") is not None:
-        for place, fault in mixture_errors(good["dataset_mixture"]):
+        for place, fault in mixture_errors(good["dataset_mixture"], TASK_FORMS[task]):
             errors.add("dataset_mixture" + place, fault)
     model = good.get("model_name_or_path")
     if model is not None:

@@ -7,7 +7,9 @@ from peft import LoraConfig
 from ..blocks import BlockSelection
 
 
-def lora_config(selection: BlockSelection, modules_to_save: list[str] | None = None) -> LoraConfig:
+def lora_config(
+    selection: BlockSelection, modules_to_save: list[str] | None = None, task_type: str = "CAUSAL_LM"
+) -> LoraConfig:
     """LoRA on every weight that the selection could have chosen from, of the rank that comes nearest in size.
 
     A rank-r LoRA of a `(rows, cols)` weight has `r * (rows + cols)` weights, and each expert has its own.
@@ -24,5 +26,5 @@ def lora_config(selection: BlockSelection, modules_to_save: list[str] | None = N
         target_modules=[name for name in selection.grids if name not in experts],
         target_parameters=list(experts) or None,
         modules_to_save=modules_to_save,
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )

@@ -6,22 +6,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from datasets import IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.utils.logging import disable_progress_bar
-from trl import SFTTrainer
 
 from ..bases.targets import find_targets
 from ..selection.budget import make_scopes
 from ..selection.experts import matrices
 from . import outputs
-from .data.load import Data, load_data
+from .data.load import Data
 from .errors import ConfigError
-from .model import load_tokenizer, weightless
-from .sample import render_sample
 from .schema import Run
 from .settings import render_settings
+from .tasks.table import task_of
 from .tell import tell
-from .tokens import tokenising_trainer
 
 FIRST_ROWS = 64
 
@@ -39,23 +36,24 @@ def dry_run(run: Run, planned: Callable[[Run], str] | None = None) -> None:
     disable_progress_bar()
     outputs.check_output_dir(run)
     tell(render_settings(run))
-    tokenizer = load_tokenizer(run.config.model_name_or_path)
-    data = load_data(run.config, run.trainer, tokenizer)
-    model = weightless(run.config)
+    task = task_of(run)
+    tokenizer = task.load_tokenizer(run)
+    data = task.load_data(run, tokenizer)
+    model = task.weightless(run, data)
     tell(_targets(run, model))
     if planned is not None:
         tell("\n" + planned(run) + "\n")
-    tell(render_sample(_tokenised(run, model, tokenizer, data), tokenizer))
+    tell(task.sample(_tokenised(run, model, tokenizer, data), tokenizer))
 
 
-def _tokenised(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data) -> SFTTrainer:
+def _tokenised(run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data) -> Trainer:
     """The first rows alone, if they hold one to learn from: all would take as long as in a training."""
     rows = FIRST_ROWS if isinstance(data.train, IterableDataset) else min(FIRST_ROWS, len(data.train))
     few = replace(data, train=data.train.take(rows), evaluation=None)
     try:
-        return tokenising_trainer(run, model, tokenizer, few)
+        return task_of(run).tokenising_trainer(run, model, tokenizer, few)
     except ConfigError:
-        return tokenising_trainer(run, model, tokenizer, replace(data, evaluation=None))
+        return task_of(run).tokenising_trainer(run, model, tokenizer, replace(data, evaluation=None))
 
 
 def _targets(run: Run, model: PreTrainedModel) -> str:

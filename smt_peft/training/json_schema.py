@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from enum import Enum
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter
-from trl import SFTConfig
 
 from ..config import BUDGETS, SCORES, SMTConfig
 from .aliases import ALIASES
-from .keys import SMT_OPTIMIZERS, TRAINER_OPTIMIZERS, RunConfig, Warmup, known_keys
+from .keys import SMT_OPTIMIZERS, TRAINER_OPTIMIZERS, TRAINERS, RunConfig, Warmup, known_keys
 from .values import adapter
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -28,7 +28,9 @@ def json_schema() -> dict[str, Any]:
 
     What one key alone shows to be wrong is refused; what takes two keys or a look at the disk is left to `smt train`.
     """
-    hints = {key: _tightened(key, hint) for key, hint in known_keys().items()}
+    known = {task: known_keys(task) for task in TRAINERS}
+    hints = {key: hint for keys in reversed(known.values()) for key, hint in keys.items()}
+    hints = {key: _tightened(key, hint) for key, hint in hints.items()}
     hints |= {name: alias.hint or hints[alias.key] for name, alias in ALIASES.items()}
     schemas, shared = TypeAdapter.json_schemas([(key, "validation", adapter(hint)) for key, hint in hints.items()])
     notes = _notes()
@@ -40,9 +42,20 @@ def json_schema() -> dict[str, Any]:
         "type": "object",
         "properties": properties | {"smt": _object(block, "Which blocks of which weights train: fields of SMTConfig.")},
         "additionalProperties": False,
-        "allOf": [{"anyOf": [{"required": [name]} for name in _names(keys)]} for keys in _REQUIRED],
+        "allOf": [
+            *({"anyOf": [{"required": [name]} for name in _names(keys)]} for keys in _REQUIRED),
+            *(_of_task(task, known) for task in known),
+        ],
         "$defs": shared.get("$defs", {}),
     }
+
+
+def _of_task(task: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What else there is only for other tasks is refused; a file that names no task is for the first."""
+    elsewhere = {key: False for keys in known.values() for key in keys if key not in known[task]}
+    named = {"properties": {"task": {"const": task}}}
+    first = task == next(iter(known))
+    return {"if": named if first else named | {"required": ["task"]}, "then": {"properties": elsewhere}}
 
 
 def _object(properties: dict[str, Any], description: str) -> dict[str, Any]:
@@ -84,9 +97,11 @@ def _or_interpolated(schema: dict[str, Any]) -> dict[str, Any]:
 def _notes() -> dict[str, dict[str, Any]]:
     """What an editor shows of a key besides its type."""
     notes: dict[str, dict[str, Any]] = {key: {"description": text} for key, text in _descriptions().items()}
-    for prefix, owner in (("", SFTConfig), ("", RunConfig), ("smt.", SMTConfig), ("smt.", Warmup)):
+    trainers = TRAINERS.values()
+    for prefix, owner in (*(("", owner) for owner in (*trainers, RunConfig)), ("smt.", SMTConfig), ("smt.", Warmup)):
         for field in fields(owner):
-            if isinstance(field.default, (bool, int, float, str)):
+            differs = any(field.default != _default(other, field.name, field.default) for other in trainers)
+            if isinstance(field.default, (bool, int, float, str)) and (prefix or not differs):
                 notes.setdefault(prefix + field.name, {})["default"] = field.default
     for name, alias in ALIASES.items():
         said = f"{'Converted to' if alias.convert else 'Another name of'} `{alias.key}`"
@@ -94,11 +109,18 @@ def _notes() -> dict[str, dict[str, Any]]:
     return notes
 
 
+def _default(owner: type, name: str, otherwise: Any) -> Any:
+    return next((field.default for field in fields(owner) if field.name == name), otherwise)
+
+
 def _descriptions() -> dict[str, str]:
     """What the fields say of themselves, or else what the docstring of their class says of them."""
-    helps = {field.name: field.metadata["help"] for field in fields(SFTConfig) if "help" in field.metadata}
+    trainers: dict[str, str] = {}
+    for owner in reversed(TRAINERS.values()):
+        trainers |= documented(owner)
+        trainers |= {field.name: field.metadata["help"] for field in fields(owner) if "help" in field.metadata}
     smt = documented(SMTConfig) | documented(Warmup)
-    return documented(SFTConfig) | helps | documented(RunConfig) | {f"smt.{name}": text for name, text in smt.items()}
+    return trainers | documented(RunConfig) | {f"smt.{name}": text for name, text in smt.items()}
 
 
 def documented(owner: type) -> dict[str, str]:

@@ -1,22 +1,37 @@
-"""The keys of a run and their types: TRL's `SFTConfig`, a few of our own, and `SMTConfig`'s in the `smt:` block."""
+"""The keys of a run and their types: its trainer's own, a few of ours, and `SMTConfig`'s in the `smt:` block."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_type_hints
 
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from ..config import SMTConfig
 from ..selection.warmup import WARMUP_BATCHES
 from .aliases import ALIASES
+from .data.forms import FORMS
+from .data.labelled import labelled
+from .data.preferences import PREFERENCES
+from .tasks.arguments import ClassificationConfig
 
 AUTO = "auto"
 TRAINER_OPTIMIZERS = tuple(name.value for name in OptimizerNames)
 # What `optim` may be besides the trainer's own: `SMTAdamW`, by the `state_dtype` of its moments.
 SMT_OPTIMIZERS = {"smt_adamw": "float32", "smt_adamw_bf16": "bfloat16", "smt_adamw_8bit": "8bit"}
-# Fields of SFTConfig that would do nothing here, or something unsafe, or that no YAML can hold.
+# The settings of the trainer of each task; the first is the default.
+TRAINERS: dict[str, type[TrainingArguments]] = {
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "classification": ClassificationConfig,
+}
+# The forms that rows of each task may have.
+TASK_FORMS = {"sft": tuple(FORMS), "dpo": (PREFERENCES.name,), "classification": (labelled().name,)}
+# The head that PEFT knows a model of each task by.
+TASK_TYPES = {"sft": "CAUSAL_LM", "dpo": "CAUSAL_LM", "classification": "SEQ_CLS"}
+# Fields of these that would do nothing here, or something unsafe, or that no YAML can hold.
 INEFFECTIVE = {
     "trust_remote_code",
     "model_init_kwargs",
@@ -25,6 +40,10 @@ INEFFECTIVE = {
     "do_predict",
     "local_rank",
     "parallelism_config",
+}
+# The same of one task: not with an adapter, or not in TRL 1.16, or under another name.
+_INEFFECTIVE_IN = {
+    "dpo": {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "padding_free", "pad_token"}
 }
 # Fields of SMTConfig that a file of PEFT holds, or that a run fills in itself.
 _INTERNAL = {
@@ -48,6 +67,8 @@ class RunConfig:
 
     Args:
         model_name_or_path: the base model: a local directory or a name on the Hub.
+        task: what is learned: the next tokens of texts and answers (`sft`), which of two answers is the better one
+            (`dpo`), or the class of a text (`classification`).
         dtype: of the base weights; None stands for float32 on a CPU and `"auto"` (the checkpoint's own) elsewhere.
         load_in_4bit: quantise the base to 4 bits with bitsandbytes while it is loaded; `dtype` is then that of the
             computation.
@@ -77,6 +98,7 @@ class RunConfig:
     """
 
     model_name_or_path: str
+    task: Literal["sft", "dpo", "classification"] = "sft"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     load_in_4bit: bool = False
     load_in_8bit: bool = False
@@ -90,7 +112,17 @@ class RunConfig:
     eval_dataset_path: str | list[str] | None = None
     dataset_mixture: list[dict[str, Any]] | None = None
     dataset_mixture_stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
-    dataset_format: Literal["auto", "tokenised", "messages", "sharegpt", "prompt/completion", "alpaca", "text"] = AUTO
+    dataset_format: Literal[
+        "auto",
+        "tokenised",
+        "messages",
+        "sharegpt",
+        "prompt/completion",
+        "alpaca",
+        "text",
+        "preference",
+        "text/label",
+    ] = AUTO
     dataset_streaming: bool = False
     on_broken_row: Literal["stop", "skip"] = "stop"
     eval_exact_match: bool = False
@@ -114,12 +146,27 @@ class Warmup:
     warmup_batches: int = WARMUP_BATCHES
 
 
-def known_keys() -> dict[str, Any]:
+def known_keys(task: str = "sft") -> dict[str, Any]:
     """Every key of a run with its type; those of the nested block start with `smt.`."""
-    theirs = get_type_hints(SFTConfig)
-    names = [field.name for field in fields(SFTConfig) if field.name not in INEFFECTIVE | ALIASES.keys()]
-    hints = {name: theirs[name] for name in names} | {"resume_from_checkpoint": bool | str | None}
+    owner = TRAINERS[task]
+    theirs = get_type_hints(owner)
+    left_out = INEFFECTIVE | _INEFFECTIVE_IN.get(task, set()) | ALIASES.keys()
+    hints = {field.name: theirs[field.name] for field in fields(owner) if field.name not in left_out}
+    hints["resume_from_checkpoint"] = bool | str | None
+    if task == "dpo":
+        # A single one need not be a list.
+        hints["loss_type"] = str | list[str]
     smt = get_type_hints(SMTConfig)
     smt = {field.name: smt[field.name] for field in fields(SMTConfig) if field.name not in _INTERNAL}
     smt |= get_type_hints(Warmup) | {"score": str}
     return hints | get_type_hints(RunConfig) | {f"smt.{name}": hint for name, hint in smt.items()}
+
+
+def tasks_with(key: str) -> list[str]:
+    """The tasks that know a key."""
+    return [task for task in TRAINERS if key in known_keys(task)]
+
+
+def is_ineffective(key: str, task: str) -> bool:
+    """Whether a key of the trainer has no effect in a run."""
+    return key in INEFFECTIVE | _INEFFECTIVE_IN.get(task, set())

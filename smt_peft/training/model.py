@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -25,8 +27,40 @@ if TYPE_CHECKING:
     from .keys import RunConfig
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a base model ends in.
+
+    Args:
+        task_type: as PEFT calls it: `CAUSAL_LM`, or `SEQ_CLS`, whose head is made anew unless the checkpoint has it.
+        labels: the names of the classes of `SEQ_CLS`, in their order.
+    """
+
+    task_type: str = "CAUSAL_LM"
+    labels: tuple[str, ...] = ()
+
+    @property
+    def auto_class(self) -> type:
+        return AutoModelForCausalLM if self.task_type == "CAUSAL_LM" else AutoModelForSequenceClassification
+
+    def settings(self) -> dict[str, Any]:
+        """What a model's config is told of it."""
+        if not self.labels:
+            return {}
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: number for number, label in enumerate(self.labels)},
+            "problem_type": "single_label_classification",
+        }
+
+
 def load_model(
-    name: str, dtype: str | None, device: torch.device | str, quantization: Any | None = None
+    name: str,
+    dtype: str | None,
+    device: torch.device | str,
+    quantization: Any | None = None,
+    head: Head | None = None,
 ) -> PreTrainedModel:
     """The base model on `device`, in evaluation mode.
 
@@ -35,35 +69,45 @@ def load_model(
         dtype: a torch dtype by name, `"auto"` for the checkpoint's, or None: float32 on a CPU, else `"auto"`.
         device: where the weights go.
         quantization: a `quantization_config` of Transformers; None loads the weights as they are.
+        head: what it ends in; None: a causal language model.
     """
+    return _load(name, dtype, device, quantization, head or Head())[0]
+
+
+def load_base(
+    config: RunConfig, device: torch.device | str, head: Head | None = None
+) -> tuple[PreTrainedModel, set[str]]:
+    """The base model of a run, quantised if the run says so, and the names of weights that are new and random."""
+    return _load(config.model_name_or_path, config.dtype, device, _quantization(config, device), head or Head())
+
+
+def _load(
+    name: str, dtype: str | None, device: torch.device | str, quantization: Any | None, head: Head
+) -> tuple[PreTrainedModel, set[str]]:
     if dtype is None:
         dtype = "float32" if torch.device(device).type == "cpu" else "auto"
+    settings = {"dtype": dtype, "output_loading_info": True, **head.settings()}
+    if quantization is not None:
+        settings |= {"quantization_config": quantization, "device_map": {"": torch.device(device)}}
     disable_progress_bar()
     try:
+        model, info = head.auto_class.from_pretrained(name, **settings)
         if quantization is None:
-            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, quantization_config=quantization, device_map={"": torch.device(device)}
-        )
+            return model.to(device).eval(), set(info["missing_keys"])
         # TRL would cast what is trainable in a quantised model to bf16, norms and embeddings too.
-        return model.requires_grad_(False).eval()
+        return model.requires_grad_(False).eval(), set(info["missing_keys"])
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"model_name_or_path: {name} cannot be loaded: {error}") from error
     finally:
         enable_progress_bar()
 
 
-def load_base(config: RunConfig, device: torch.device | str) -> PreTrainedModel:
-    """The base model of a run, quantised if the run says so."""
-    return load_model(config.model_name_or_path, config.dtype, device, _quantization(config, device))
-
-
-def weightless(config: RunConfig) -> PreTrainedModel:
+def weightless(config: RunConfig, head: Head | None = None) -> PreTrainedModel:
     """The base model of a run on the meta device, in floats: its modules and shapes, and no weight read."""
-    name = config.model_name_or_path
+    name, head = config.model_name_or_path, head or Head()
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).eval()
+            return head.auto_class.from_config(AutoConfig.from_pretrained(name, **head.settings())).eval()
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"model_name_or_path: {name} cannot be built: {error}") from error
 
@@ -96,13 +140,33 @@ def passes_as_adapted(model: nn.Module) -> Iterator[None]:
         model._hf_peft_config_loaded = before
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with a model; one without a padding token pads with its end-of-text token."""
+@contextmanager
+def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Activation checkpointing before the trainer switches it on, where it is wanted and the model has it."""
+    if not wanted or not getattr(model, "supports_gradient_checkpointing", False):
+        yield
+        return
+    # Two names of one switch; where there are both, the older one warns.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def load_tokenizer(name: str, generates: bool = True) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with a model; one without a padding token pads with its end-of-text token.
+
+    Args:
+        name: a directory or a name on the Hub.
+        generates: whether the model is to write, and so must know how to stop.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model_name_or_path: the tokenizer of {name} cannot be loaded: {error}") from error
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token is None and (generates or tokenizer.pad_token is None):
         raise ConfigError(
             f"model_name_or_path: the tokenizer of {name} has no eos_token, so a model cannot learn to "
             "stop; set one in its tokenizer_config.json"

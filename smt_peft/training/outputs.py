@@ -22,6 +22,8 @@ RUN, METRICS, SELECTION = "run.yaml", "metrics.json", "selection.safetensors"
 # The numbers of a run that is trained and saved, until verification and comparison are through as well.
 UNFINISHED = "metrics_unfinished.json"
 REPORT, PICTURE = "report.md", "blocks.png"
+# The names of the classes of a classifier by their numbers, which no adapter holds.
+LABELS = "labels.json"
 _FOREIGN = re.compile(r"checkpoint-\d+|adapter_.*|config\.json|.*\.(safetensors|bin|pt)")
 _RESUME = "resume_from_checkpoint"
 
@@ -149,6 +151,10 @@ def write_metrics(directory: Path, metrics: Mapping[str, Any], finished: bool) -
     write_text(directory / (METRICS if finished else UNFINISHED), json.dumps(metrics, indent=2) + "\n")
     if finished:
         (directory / UNFINISHED).unlink(missing_ok=True)
+
+
+def write_labels(directory: Path, labels: Mapping[int, str]) -> None:
+    write_text(directory / LABELS, json.dumps(labels, indent=2, ensure_ascii=False) + "\n")
 
 
 def trained_seconds(directory: Path) -> float:

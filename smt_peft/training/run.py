@@ -1,4 +1,4 @@
-"""A run, put together: model, data, selection, TRL's trainer, evaluation, and what is saved."""
+"""A run, put together: model, data, selection, the trainer of its task, evaluation, and what is saved."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import SFTConfig, SFTTrainer
 
 from .. import ops
 from ..blocks import BlockSelection
@@ -29,36 +26,17 @@ from ..selection import select_blocks
 from ..tuner.delta import SMTBlocks
 from . import outputs
 from .compare import lora_config
-from .data.load import Data, load_data
 from .errors import ConfigError
-from .evaluate import exact_match
 from .keys import AUTO
-from .launched import all_or_none, forget_engine, unprepare, wait_for_everyone, whole_or_gathering
-from .model import load_base, load_tokenizer
+from .launched import all_or_none, forget_engine, wait_for_everyone, whole_or_gathering
+from .model import checkpointed
 from .schema import Run
+from .tasks.table import task_of
+from .tasks.task import Prepared
 from .tell import tell
-from .tokens import tokenising_trainer
 from .verify import verify_saved
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
-
-
-@dataclass
-class Prepared:
-    """Everything a training needs: the base model, its tokenizer, the rows as read, and as token ids."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    data: Data
-    trainer: SFTTrainer
-
-    @property
-    def train_set(self) -> Dataset | IterableDataset:
-        return self.trainer.train_dataset
-
-    @property
-    def eval_set(self) -> Dataset | None:
-        return self.trainer.eval_dataset
 
 
 def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
@@ -103,6 +81,8 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
     }
     outputs.save_adapter(trainer.model, prepared.tokenizer, directory, first=main)
     if main:
+        if run.smt.task_type == "SEQ_CLS":
+            outputs.write_labels(directory, prepared.model.config.id2label)
         outputs.write_metrics(directory, metrics, finished=False)
     if run.config.verify:
         metrics["verified"] = _verify(run, prepared, trainer, directory)
@@ -136,10 +116,11 @@ def select(run: Run) -> BlockSelection:
 def prepare(run: Run) -> Prepared:
     """Load model, tokenizer and data; a trainer without an adapter tokenises as the training will see it."""
     set_seed(run.trainer.seed)
-    tokenizer = load_tokenizer(run.config.model_name_or_path)
-    data = load_data(run.config, run.trainer, tokenizer)
-    model = load_base(run.config, run.trainer.device)
-    return Prepared(model, tokenizer, data, tokenising_trainer(run, model, tokenizer, data))
+    task = task_of(run)
+    tokenizer = task.load_tokenizer(run)
+    data = task.load_data(run, tokenizer)
+    model = task.load_model(run, data, run.trainer.device)
+    return Prepared(model, tokenizer, data, task.tokenising_trainer(run, model, tokenizer, data))
 
 
 def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
@@ -154,9 +135,18 @@ def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
     loader = prepared.trainer.get_train_dataloader()
     set_seed(run.trainer.seed)
     try:
-        with _blaming("smt"), whole_or_gathering(prepared.model) as model:
+        with (
+            _blaming("smt"),
+            checkpointed(prepared.model, run.trainer.gradient_checkpointing),
+            whole_or_gathering(prepared.model) as model,
+        ):
             selection = select_blocks(
-                model, run.smt, loader, num_batches=run.warmup_batches, progress=not run.trainer.disable_tqdm
+                model,
+                run.smt,
+                loader,
+                num_batches=run.warmup_batches,
+                loss_fn=task_of(run).warm_up_loss(prepared),
+                progress=not run.trainer.disable_tqdm,
             )
     except RuntimeError as error:
         raise ConfigError(f"choosing blocks on the training set: {error}") from error
@@ -167,26 +157,16 @@ def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
 
 def make_trainer(
     run: Run, prepared: Prepared, config: PeftConfig, callbacks: Sequence[TrainerCallback] = (), **changed: Any
-) -> SFTTrainer:
-    """TRL's trainer over the tokenised rows, with an adapter on the base model; `changed` replaces trainer keys."""
+) -> Trainer:
+    """The task's trainer over the tokenised rows, with an adapter on the base; `changed` replaces trainer keys."""
     args = copy.copy(run.trainer)
     for name, value in changed.items():
         setattr(args, name, value)
-    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    # The labels say it by now; of token ids TRL would not believe that there are assistants in them.
-    args.assistant_only_loss = False
     forget_engine(args)
     with _blaming("smt"):
-        trainer = SFTTrainer(
-            model=prepared.model,
-            args=args,
-            train_dataset=prepared.train_set,
-            eval_dataset=prepared.eval_set,
-            processing_class=prepared.tokenizer,
-            peft_config=config,
-            callbacks=list(callbacks),
-            optimizer_cls_and_kwargs=_optimizer(run, args),
-        )
+        trainer = task_of(run).trainer(prepared, args, config, callbacks)
+    # None: the one that `args.optim` names. Not every trainer takes it when it is built.
+    trainer.optimizer_cls_and_kwargs = _optimizer(run, args)
     for module in trainer.model.modules():
         if isinstance(module, SMTBlocks) and module.weight.requires_grad:
             # On a quantised base TRL has cast them to bf16, in which small steps from a grown delta are lost.
@@ -194,7 +174,7 @@ def make_trainer(
     return trainer
 
 
-def fit(run: Run, trainer: SFTTrainer, checkpoint: str | None = None) -> float:
+def fit(run: Run, trainer: Trainer, checkpoint: str | None = None) -> float:
     """Train; returns the seconds it took. From a checkpoint of the last step there is nothing left to train."""
     if checkpoint is not None and _is_last(run, state := _state_of(checkpoint)):
         # The trainer itself would make one step more.
@@ -226,27 +206,13 @@ def _is_last(run: Run, state: TrainerState) -> bool:
     return state.epoch is not None and state.epoch >= run.trainer.num_train_epochs
 
 
-def measure(run: Run, prepared: Prepared, trainer: SFTTrainer, label: str) -> dict[str, float]:
-    """`eval_loss` and `exact_match` of the evaluation set, as far as the run asks for them."""
-    found: dict[str, float] = {}
+def measure(run: Run, prepared: Prepared, trainer: Trainer, label: str) -> dict[str, float]:
+    """The measures of the task on the evaluation set, as far as the run asks for them."""
     if (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled) and trainer.state.global_step == 0:
         if prepared.eval_set is not None:
             tell(f"{label}: not measured, as the model is sharded when the training starts")
-        return found
-    if prepared.eval_set is not None:
-        history = list(trainer.state.log_history)
-        found["eval_loss"] = trainer.evaluate()["eval_loss"]
-        unprepare(trainer.model)
-        trainer.state.log_history = history
-    if run.config.eval_exact_match:
-        found["exact_match"] = exact_match(
-            trainer.model,
-            prepared.tokenizer,
-            prepared.data.evaluation,
-            max_new_tokens=run.config.generation_max_new_tokens,
-            batch_size=run.config.generation_batch_size,
-            label=None if run.trainer.disable_tqdm else f"exact match {label}",
-        )
+        return {}
+    found = task_of(run).measure(run, prepared, trainer, label)
     if found:
         tell(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
     return found
@@ -254,10 +220,10 @@ def measure(run: Run, prepared: Prepared, trainer: SFTTrainer, label: str) -> di
 
 def compare_lora(run: Run, prepared: Prepared, selection: BlockSelection) -> dict[str, Any]:
     """Train LoRA for as many steps on the same rows from a fresh copy of the base, and measure it."""
-    config = lora_config(selection, run.smt.modules_to_save)
+    config = lora_config(selection, run.smt.modules_to_save, run.smt.task_type)
     rate = run.config.compare_lora_learning_rate or run.trainer.learning_rate
     set_seed(run.trainer.seed)
-    prepared.model = load_base(run.config, run.trainer.device)
+    prepared.model = task_of(run).load_model(run, prepared.data, run.trainer.device)
     trainer = make_trainer(run, prepared, config, learning_rate=rate, save_strategy="no")
     trainable, _ = trainer.model.get_nb_trainable_parameters()
     tell(f"LoRA to compare with: rank {config.r}, {trainable:,} trainable weights, learning rate {rate:g}")
@@ -279,7 +245,7 @@ def _smt_config(run: Run, selection: BlockSelection) -> PeftConfig:
     return config
 
 
-def _optimizer(run: Run, args: SFTConfig) -> tuple[type[SMTAdamW], dict[str, Any]] | None:
+def _optimizer(run: Run, args: TrainingArguments) -> tuple[type[SMTAdamW], dict[str, Any]] | None:
     """None: the one that `args.optim` names. Clipping stays with the trainer, which logs the norm."""
     if run.state_dtype is None:
         return None
@@ -293,9 +259,9 @@ def _optimizer(run: Run, args: SFTConfig) -> tuple[type[SMTAdamW], dict[str, Any
     }
 
 
-def _verify(run: Run, prepared: Prepared, trainer: SFTTrainer, directory: Path) -> dict[str, Any]:
+def _verify(run: Run, prepared: Prepared, trainer: Trainer, directory: Path) -> dict[str, Any]:
     rows = prepared.eval_set if prepared.eval_set is not None else prepared.train_set
-    sequences = [row["input_ids"] for row in islice(rows, 4)]
+    sequences = task_of(run).probes(islice(rows, 4))
     selection, first = directory / outputs.SELECTION, trainer.is_world_process_zero()
     with all_or_none(first):
         return verify_saved(trainer.model, sequences, run.config.model_name_or_path, selection, directory, first)
@@ -313,7 +279,7 @@ def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any])
     )
 
 
-def _circumstances(trainer: SFTTrainer) -> dict[str, Any]:
+def _circumstances(trainer: Trainer) -> dict[str, Any]:
     device = trainer.args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {

@@ -14,12 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import SFTConfig
+from transformers import TrainingArguments
 
 from ..config import SMTConfig
 from .aliases import ALIASES, REFUSED, translate
-from .checks import check_files, check_optim, check_presence, check_quantisation
-from .keys import INEFFECTIVE, SMT_OPTIMIZERS, TRAINER_OPTIMIZERS, RunConfig, Warmup, known_keys
+from .checks import check_files, check_optim, check_presence, check_quantisation, check_task
+from .keys import (
+    SMT_OPTIMIZERS,
+    TASK_TYPES,
+    TRAINER_OPTIMIZERS,
+    TRAINERS,
+    RunConfig,
+    Warmup,
+    is_ineffective,
+    known_keys,
+    tasks_with,
+)
 from .source import Errors, Source, read_yaml
 from .tell import tell
 from .values import faults
@@ -31,7 +41,7 @@ class Run:
 
     Args:
         config: our own keys.
-        trainer: TRL's, built.
+        trainer: the settings of the task's trainer, built.
         smt: the tuner's settings, its `selection` still None.
         selection: `"auto"` or the path of a selection file.
         warmup_batches: batches of the warm-up pass, with `selection="auto"`.
@@ -41,7 +51,7 @@ class Run:
     """
 
     config: RunConfig
-    trainer: SFTConfig
+    trainer: TrainingArguments
     smt: SMTConfig
     selection: str
     warmup_batches: int
@@ -59,19 +69,22 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     settings, source = read_yaml(Path(path), overrides)
     errors = Errors(source)
     flat, notices = translate(_flatten(settings, errors), errors)
-    known = known_keys()
-    good = {key: value for key, value in flat.items() if _check(key, value, known, errors)}
+    task = flat.get("task")
+    task = task if isinstance(task, str) and task in TRAINERS else "sft"
+    known = known_keys(task)
+    good = {key: value for key, value in flat.items() if _check(key, value, known, errors, task)}
+    check_task(task, good, errors)
     check_presence(flat, errors)
     check_quantisation(good, errors)
-    check_files(good, errors)
+    check_files(task, good, errors)
     ours = {key for key in good if key in RunConfig.__dataclass_fields__}
     block = {key.removeprefix("smt."): value for key, value in good.items() if key.startswith("smt.")}
     warmup = Warmup(**{key: block.pop(key) for key in ("selection", "warmup_batches") if key in block})
     trainer = {key: value for key, value in good.items() if key not in ours and not key.startswith("smt.")}
-    smt = _build(lambda given: SMTConfig(task_type="CAUSAL_LM", **given), block, "smt", errors)
+    smt = _build(lambda given: SMTConfig(task_type=TASK_TYPES[task], **given), block, "smt", errors)
     check_optim(trainer, errors)
     theirs = {key: value for key, value in trainer.items() if key != "optim" or value in TRAINER_OPTIMIZERS}
-    sft = _build(lambda given: SFTConfig(**_with_defaults(given)), theirs, "", errors)
+    arguments = _build(lambda given: TRAINERS[task](**_with_defaults(given)), theirs, "", errors)
     errors.raise_any()
     for notice in notices:
         tell(notice)
@@ -82,7 +95,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         "smt": {**vars(warmup), **block},
     }
     state_dtype = SMT_OPTIMIZERS.get(trainer.get("optim"))
-    return Run(config, sft, smt, warmup.selection, warmup.warmup_batches, resolved, source, state_dtype)
+    return Run(config, arguments, smt, warmup.selection, warmup.warmup_batches, resolved, source, state_dtype)
 
 
 def _flatten(settings: dict[str, Any], errors: Errors) -> dict[str, Any]:
@@ -96,9 +109,9 @@ def _flatten(settings: dict[str, Any], errors: Errors) -> dict[str, Any]:
     return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in flat.items()}
 
 
-def _check(key: str, value: Any, known: Mapping[str, Any], errors: Errors) -> bool:
+def _check(key: str, value: Any, known: Mapping[str, Any], errors: Errors, task: str) -> bool:
     if key not in known:
-        errors.add(key, f"unknown key {key!r}" + _hint(key, known))
+        errors.add(key, f"unknown key {key!r}" + (_elsewhere(key, task) or _hint(key, known, task)))
         return False
     found = faults(key, value, known[key])
     for place, message in found:
@@ -106,8 +119,16 @@ def _check(key: str, value: Any, known: Mapping[str, Any], errors: Errors) -> bo
     return not found
 
 
-def _hint(key: str, known: Mapping[str, Any]) -> str:
-    if key in INEFFECTIVE:
+def _elsewhere(key: str, task: str) -> str:
+    """For which tasks a key is, if it is for another than that of the run."""
+    others = tasks_with(key)
+    if not others or is_ineffective(key, task):
+        return ""
+    return f" for task: {task}; it is a key of task: {' and task: '.join(others)}, leave it out or set that task"
+
+
+def _hint(key: str, known: Mapping[str, Any], task: str) -> str:
+    if is_ineffective(key, task):
         return "; it has no effect here, leave it out"
     for name in (f"smt.{key}", key.removeprefix("smt.")):
         if name in known:
@@ -117,7 +138,13 @@ def _hint(key: str, known: Mapping[str, Any]) -> str:
     if near in REFUSED:
         return f"; {REFUSED[near].replace('<value>', 'N')}"
     near = ALIASES[near].key if near in ALIASES else near
-    return f"; did you mean {near!r}?" if near else "; neither TRL's SFTConfig, nor this run, nor smt: has it"
+    return f"; did you mean {near!r}?" if near else f"; neither {_owner(task)}, nor this run, nor smt: has it"
+
+
+def _owner(task: str) -> str:
+    """Whose the keys of a task's trainer are."""
+    owner = TRAINERS[task]
+    return f"TRL's {owner.__name__}" if owner.__module__.startswith("trl.") else "Transformers' TrainingArguments"
 
 
 def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:

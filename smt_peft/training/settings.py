@@ -15,6 +15,7 @@ from .schema import Run
 _TELLING = (
     "max_length",
     "packing",
+    "beta",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",
@@ -35,10 +36,11 @@ def render_settings(run: Run) -> str:
     """A YAML of what was given and of the defaults that matter, `smt train` reads it; comments tell the origins."""
     block = _block(run)
     flat = {key: value for key, value in run.resolved.items() if key != "smt"}
-    defaults = {key: _plain(getattr(run.trainer, key)) for key in _TELLING if key not in flat}
+    known = known_keys(run.config.task)
+    defaults = {key: _plain(getattr(run.trainer, key)) for key in _TELLING if key in known and key not in flat}
     lines = [*_lines(flat | defaults, run), ("smt:", ""), *_lines(block, run, "smt.")]
     width = min(60, max(len(text) for text, _ in lines))
-    rest = sum("." not in key for key in known_keys()) - len(flat | defaults)
+    rest = sum("." not in key for key in known) - len(flat | defaults)
     return "\n".join(f"{text:<{width}}  # {note}" if note else text for text, note in lines) + (
         f"\n# {rest} further keys of the trainer are at their defaults; `smt schema` lists them"
     )

@@ -30,7 +30,7 @@ from ..export.dequantised import dequantise_, quantization_config, round_to
 from ..export.edits import target_of
 from ..tuner.quantised import QuantisedLinear
 from .errors import VerificationError
-from .model import load_model
+from .model import Head, load_model
 from .tell import tell
 
 PROBE_ROWS, PROBE_TOKENS = 4, 256
@@ -90,10 +90,15 @@ def compare_saved(
         VerificationError: the fresh process failed.
     """
     inner = model.get_base_model()
-    ids, mask = _pad([list(ids)[:PROBE_TOKENS] for ids in sequences[:PROBE_ROWS]])
+    # A head of classes over a decoder reads the last token that is no padding.
+    padding = inner.config.get_text_config().pad_token_id or 0
+    ids, mask = _pad([list(ids)[:PROBE_TOKENS] for ids in sequences[:PROBE_ROWS]], padding)
     record = quantization_of(inner)
     settings = {
         "base": base,
+        "task_type": model.peft_config[model.active_adapter].task_type or Head.task_type,
+        "labels": list(inner.config.id2label.values()),
+        "padding": padding,
         "quantization": record,
         "dtype": record["dtype"] if record else str(inner.dtype).removeprefix("torch."),
         "device": str(inner.device),
@@ -141,18 +146,18 @@ def describe(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+def _pad(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    ids = torch.tensor([row + [padding] * (longest - len(row)) for row in rows])
     return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
 
 
 @torch.no_grad()
 def _logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits of the real tokens, `(tokens, vocabulary)`, on the CPU."""
+    """Logits of the real tokens, `(tokens, vocabulary)`, or those of a classifier, `(rows, classes)`; on the CPU."""
     device = model.device
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-    return logits.cpu()[mask.bool()].contiguous()
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.cpu()
+    return (logits if logits.ndim == 2 else logits[mask.bool()]).contiguous()
 
 
 def largest_move(plain: nn.Module, adapted: nn.Module, sequences: Sequence[Sequence[int]]) -> float:
@@ -215,7 +220,11 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
 def _load(settings: dict[str, Any], device: str) -> PreTrainedModel:
     record = settings["quantization"]
     quantization = quantization_config(record)[0] if record else None
-    return load_model(settings["base"], settings["dtype"], device, quantization)
+    head = Head(settings["task_type"], tuple(settings["labels"]) if settings["task_type"] == "SEQ_CLS" else ())
+    model = load_model(settings["base"], settings["dtype"], device, quantization, head)
+    if settings["task_type"] == "SEQ_CLS":
+        model.config.get_text_config().pad_token_id = settings["padding"]
+    return model
 
 
 def _by_overlay(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

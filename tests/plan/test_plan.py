@@ -72,6 +72,16 @@ def test_weights_gradients_and_moments_are_those_of_the_model(tmp_path):
         assert each.peak() >= each.state.total + each.step.saved
 
 
+def test_choosing_blocks_takes_less_with_checkpointing(tmp_path):
+    # Of one layer with it and of sixteen without: at these shapes little else counts.
+    shape = {**TINY, "num_hidden_layers": 16, "vocab_size": 16}
+    path = write_run(tmp_path, shape, max_length=64)
+    without = plan(load_run(path))
+    with_it = plan(load_run(path, ["gradient_checkpointing=true"]))
+    weights = without.smt.state.weights["float32"]
+    assert with_it.warm_up - weights < (without.warm_up - weights) / 2
+
+
 def load_config(directory: Path):
     from transformers import AutoConfig
 

@@ -13,7 +13,7 @@ from runs import write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smt_peft import BlockSelection, cli
+from smt_peft import BlockSelection, cli, select_blocks
 from smt_peft.training import outputs
 from smt_peft.training.errors import ConfigError, VerificationError
 from smt_peft.training.run import select, train
@@ -191,6 +191,26 @@ def test_a_selection_file_trains_as_the_same_selection_chosen_on_the_way(worksho
     on_the_way = train(load_run(path))
     from_file = train(load_run(path, [f"smt.selection={file}", f"output_dir={workshop.directory / 'from_file'}"]))
     assert losses(from_file) == losses(on_the_way)
+
+
+def test_the_selection_checkpoints_activations_where_the_training_does(workshop, monkeypatch):
+    found = []
+
+    def spy(model, *args, **kwargs):
+        recomputed = [0]
+        layer = model.model.layers[0].mlp
+        handle = layer.register_forward_pre_hook(lambda *_: recomputed.__setitem__(0, recomputed[0] + 1))
+        found.append((select_blocks(model, *args, **kwargs), recomputed[0], model.is_activation_checkpointing))
+        handle.remove()
+        return found[-1][0]
+
+    monkeypatch.setattr("smt_peft.training.run.select_blocks", spy)
+    for wanted in (False, True):
+        path = workshop.write(f"checkpointed_{wanted}", max_steps=1, gradient_checkpointing=wanted)
+        select(load_run(path))
+    (plain, calls, _), (again, calls_again, switched_on) = found
+    assert again == plain and switched_on
+    assert (calls, calls_again) == (2, 4), "each batch passes twice"
 
 
 def test_targets_that_match_nothing_are_an_error_before_anything_is_written(workshop, capsys):

@@ -9,7 +9,7 @@ import pytest
 
 from smt_peft.training.data.forms import FORMS
 from smt_peft.training.errors import ConfigError
-from smt_peft.training.keys import RunConfig, known_keys
+from smt_peft.training.keys import TASK_FORMS, RunConfig, known_keys
 from smt_peft.training.schema import load_run
 
 
@@ -22,6 +22,7 @@ def errors_of(path, *overrides: str) -> list[str]:
 def test_our_own_keys_are_these():
     """A new key is a promise: it belongs here only when neither TRL nor SMTConfig has one for it."""
     assert set(RunConfig.__dataclass_fields__) == {
+        "task",
         "model_name_or_path",
         "dtype",
         "load_in_4bit",
@@ -90,7 +91,9 @@ def test_values_reach_the_configs(workshop):
 
 
 def test_the_forms_of_the_schema_are_those_that_are_read():
-    assert get_args(known_keys()["dataset_format"]) == ("auto", *FORMS)
+    forms = get_args(known_keys()["dataset_format"])
+    assert forms == ("auto", *(form for forms in TASK_FORMS.values() for form in forms))
+    assert TASK_FORMS["sft"] == tuple(FORMS)
 
 
 def test_interpolation_and_yaml_floats(workshop):

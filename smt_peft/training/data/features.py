@@ -14,6 +14,17 @@ from .loss import kind_of
 JSON = getattr(datasets, "Json", lambda: None)()
 PLAIN_TURNS = List({"role": Value("string"), "content": Value("string")})
 _TEXT, _IDS = Value("string"), List(Value("int64"))
+# The columns of a kind of rows that hold turns, or text.
+_TURNS = {
+    "messages": ("messages",),
+    "chat pairs": ("prompt", "completion"),
+    "chat preferences": ("prompt", "chosen", "rejected"),
+}
+_TEXTS = {
+    "pairs": ("prompt", "completion"),
+    "preferences": ("prompt", "chosen", "rejected"),
+    "labelled": ("text", "label"),
+}
 
 
 def is_plain(features: Features, form: Form) -> bool:
@@ -37,7 +48,7 @@ def features_of(kind: str, sources: Sequence[Features | None], text_field: str =
         text_field: the column of plain text.
     """
     present = [one for one in sources if one is not None]
-    turns = {"messages": ("messages",), "chat pairs": ("prompt", "completion")}.get(kind, ())
+    turns = _TURNS.get(kind, ())
     if turns:
         kinds = [one[name] for one in present for name in turns if name in one]
         plain = len(present) == len(sources) and all(one in (_TEXT, PLAIN_TURNS) for one in kinds)
@@ -47,7 +58,9 @@ def features_of(kind: str, sources: Sequence[Features | None], text_field: str =
     elif kind == "tokens":
         columns = {"input_ids": _IDS} | ({"labels": _IDS} if any("labels" in one for one in present) else {})
     else:
-        columns = dict.fromkeys(("prompt", "completion") if kind == "pairs" else (text_field,), _TEXT)
+        columns = dict.fromkeys(_TEXTS.get(kind, (text_field,)), _TEXT)
+        if any("text_pair" in one for one in present):
+            columns["text_pair"] = _TEXT
     tools = [one["tools"] for one in present if "tools" in one]
     if tools:
         columns["tools"] = tools[0] if all(one == tools[0] for one in tools) else JSON
@@ -66,6 +79,8 @@ def features_of_row(row: dict, text_field: str) -> Features | None:
         return None
     if "labels" in row:
         features["labels"] = features["input_ids"]
+    if "text_pair" in row:
+        features["text_pair"] = _TEXT
     if "tools" in row:
         features["tools"] = JSON
     return features

@@ -11,13 +11,14 @@ from .turns import described, to_messages, turns_fault, without_nulls
 
 AUTO = "auto"
 # What a column may hold.
-TEXT, ANY_TEXT, TURNS, SPELLED_TURNS, TEXT_OR_TURNS, IDS, ANYTHING = (
+TEXT, ANY_TEXT, TURNS, SPELLED_TURNS, TEXT_OR_TURNS, IDS, LABEL, ANYTHING = (
     "text",
     "text or nothing",
     "turns",
     "turns in any spelling",
     "text or turns",
     "token ids",
+    "the name or number of a class",
     "anything",
 )
 
@@ -31,12 +32,14 @@ class Form:
         needed: the columns that make the form, and what they hold.
         optional: columns that are read where they are.
         convert: a row in this form as TRL reads it; None: TRL reads it as it is.
+        check: what is wrong with a row whose columns are each sound, or None.
     """
 
     name: str
     needed: Mapping[str, str]
     optional: Mapping[str, str] = field(default_factory=dict)
     convert: Callable[[dict], dict] | None = None
+    check: Callable[[dict], str | None] | None = None
 
     def columns(self, present: Sequence[str]) -> dict[str, str]:
         """The columns of the form among those that are present, with what they hold."""
@@ -94,7 +97,14 @@ FORMS = {
 }
 
 
-def find_form(columns: Sequence[str], row: dict, where: str, asked: str = AUTO, text_field: str = "text") -> Form:
+def find_form(
+    columns: Sequence[str],
+    row: dict,
+    where: str,
+    asked: str = AUTO,
+    text_field: str = "text",
+    forms: Mapping[str, Form] = FORMS,
+) -> Form:
     """The form of rows with these columns.
 
     Args:
@@ -104,10 +114,13 @@ def find_form(columns: Sequence[str], row: dict, where: str, asked: str = AUTO, 
         asked: the name of a form, or `"auto"`: by the columns. Where several fit, one wins if it holds the others'
             words (a set may bring its rendered text along), in the order of `FORMS`.
         text_field: the column of plain text.
+        forms: the forms that a run can use.
 
     Raises:
         ConfigError: no form fits, or several that say different things.
     """
+    if forms is not FORMS:
+        return _only_form(columns, where, forms)
     masks = {"completion_mask", "assistant_masks"} & set(columns)
     if masks and "labels" not in columns:
         raise ConfigError(
@@ -148,6 +161,19 @@ def find_form(columns: Sequence[str], row: dict, where: str, asked: str = AUTO, 
     return first
 
 
+def _only_form(columns: Sequence[str], where: str, forms: Mapping[str, Form]) -> Form:
+    """Tasks other than language modelling have one form each."""
+    (form,) = forms.values()
+    missing = [name for name in form.needed if name not in columns]
+    if missing:
+        optional = f" (and {', '.join(form.optional)} where there are any)" if form.optional else ""
+        raise ConfigError(
+            f"{where}: rows of the form {form.name} need the columns {', '.join(form.needed)}{optional}, but they have "
+            f"{sorted(columns)}; rename {', '.join(missing)}, or set another task"
+        )
+    return form
+
+
 def row_fault(row: dict, form: Form) -> str | None:
     """What is wrong with a row, or None; `row` has the form's columns."""
     for name, what in form.columns(list(row)).items():
@@ -159,6 +185,8 @@ def row_fault(row: dict, form: Form) -> str | None:
     missing = next((name for name in form.needed if name not in row), None)
     if missing:
         return f"{missing} is missing"
+    if form.check is not None:
+        return form.check(row)
     if form.name == "prompt/completion" and type(row["prompt"]) is not type(row["completion"]):
         return "prompt and completion must both be text or both be lists of messages"
     if form.name == "tokenised" and "labels" in row and len(row["labels"]) != len(row["input_ids"]):
@@ -177,9 +205,18 @@ def _value_fault(value: Any, name: str, what: str) -> str | None:
         return None if value else f"{name} is empty"
     if what == ANYTHING:
         return None
+    if what == LABEL and not isinstance(value, str):
+        return _label_fault(value, name)
     if not isinstance(value, str):
         return f"{name} must be {'text or a list' if what == TEXT_OR_TURNS else 'text'}, got {described(value)}"
     return None if value or what == ANY_TEXT else f"{name} is empty"
+
+
+def _label_fault(value: Any, name: str) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return None if value >= 0 else f"{name} is {value}, which is no class"
+    hint = "; numbers to be predicted (regression) are not supported" if isinstance(value, float) else ""
+    return f"{name} must be the name or the number of a class, got {described(value)}{hint}"
 
 
 def _is_from_value(turns: Any) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset, disable_progress_bars, enable_progress_bars
@@ -48,12 +47,13 @@ def load_data(config: RunConfig, trainer: SFTConfig, tokenizer: PreTrainedTokeni
         ConfigError: a row is broken (with its file and line), a set is empty, has no columns that are understood, or
             cannot say which of its tokens are to be learned.
     """
-    read = partial(_read, config=config, trainer=trainer, also=conversation_check(trainer, tokenizer))
-    disable_progress_bars()
-    train = read(_train_sources(config), "train set", streaming=config.dataset_streaming)
-    evaluation = None
-    if config.eval_dataset_path or config.dataset_test_split:
-        evaluation = read([_evaluation_source(config)], "evaluation set")
+    reading = Reading(
+        text_field=trainer.dataset_text_field,
+        also=conversation_check(trainer, tokenizer),
+        on_broken_row=config.on_broken_row,
+    )
+    train = read_train(config, trainer.seed, reading)
+    evaluation = read_evaluation(config, trainer.seed, reading)
     for key, rows in (("the training set", train), ("the evaluation set", evaluation)):
         if rows is not None:
             check_loss(next(iter(rows)), key, trainer, tokenizer)
@@ -62,9 +62,32 @@ def load_data(config: RunConfig, trainer: SFTConfig, tokenizer: PreTrainedTokeni
             "eval_exact_match compares completions, so it needs prompt/completion rows in the evaluation "
             f"set, which has {evaluation.column_names}; set eval_exact_match: false"
         )
+    return Data(train, evaluation)
+
+
+def read_train(config: RunConfig, seed: int, reading: Reading) -> Dataset | IterableDataset:
+    """The sound rows of the training set; prints one line per source.
+
+    Args:
+        config: of the run.
+        seed: of the draw from a mixture.
+        reading: how rows are read, but for their form, which each source says.
+
+    Raises:
+        ConfigError: a row is broken (with its file and line), or there is none, or the columns are not understood.
+    """
+    disable_progress_bars()
+    train = _read(_train_sources(config), "train set", config, seed, reading, streaming=config.dataset_streaming)
     if isinstance(train, Dataset) and len(train) > QUIET_ROWS:
         enable_progress_bars()
-    return Data(train, evaluation)
+    return train
+
+
+def read_evaluation(config: RunConfig, seed: int, reading: Reading) -> Dataset | None:
+    """The same for the evaluation set; None where the run has none."""
+    if config.eval_dataset_path is None and config.dataset_test_split is None:
+        return None
+    return _read([_evaluation_source(config)], "evaluation set", config, seed, reading)
 
 
 def _train_sources(config: RunConfig) -> list[Source]:
@@ -88,12 +111,12 @@ def _paths(paths: str | list[str]) -> str | tuple[str, ...]:
 
 
 def _read(
-    sources: list[Source], title: str, *, config: RunConfig, trainer: SFTConfig, also, streaming: bool = False
+    sources: list[Source], title: str, config: RunConfig, seed: int, reading: Reading, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    field = trainer.dataset_text_field
+    field = reading.text_field
     found = []
     for source in sources:
-        reading = Reading(source.format, field, also, config.on_broken_row)
+        reading = replace(reading, form=source.format)
         if streaming:
             rows, form = stream_parts(source.parts(), reading, f"{title}: {source.label}")
             tell(f"{title}: {source.label}, {form.name}, streamed in order")
@@ -106,7 +129,7 @@ def _read(
         found,
         labels,
         None if weights[0] is None else weights,
-        trainer.seed,
+        seed,
         config.dataset_mixture_stopping_strategy,
         field,
     )

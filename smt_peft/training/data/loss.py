@@ -10,7 +10,15 @@ from .template import chat_template, check_markers
 
 
 def kind_of(row: dict) -> str:
-    """What a row is to TRL: `tokens`, `messages`, `pairs` (of text), `chat pairs` (of messages), or `text`."""
+    """What a row is to a trainer.
+
+    `tokens`, `messages`, `pairs` (of text), `chat pairs` (of messages), or `text`; `preferences` or `chat preferences`;
+    `labelled`.
+    """
+    if "label" in row:
+        return "labelled"
+    if "chosen" in row:
+        return "preferences" if isinstance(row["chosen"], str) else "chat preferences"
     if "input_ids" in row:
         return "tokens"
     if "messages" in row:

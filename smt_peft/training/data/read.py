@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from ..errors import ConfigError
 from .broken import SHOWN, STOP, Broken
 from .features import features_of_row, free_turns, is_plain
 from .files import LocalFile
-from .forms import AUTO, Form, find_form, row_fault
+from .forms import AUTO, FORMS, Form, find_form, row_fault
 from .hub import HubSplit
+from .labelled import named
 from .screen import faults, is_readable
 
 Part = LocalFile | HubSplit
@@ -38,12 +39,17 @@ class Reading:
         text_field: the column of plain text.
         also: what else may be wrong with a row as TRL reads it.
         on_broken_row: `"stop"` or `"skip"`.
+        forms: that a row may have.
     """
 
     form: str = AUTO
     text_field: str = "text"
     also: Callable[[dict], str | None] | None = None
     on_broken_row: str = STOP
+    forms: Mapping[str, Form] = field(default_factory=lambda: FORMS)
+
+    def find(self, columns: Sequence[str], row: dict, where: str) -> Form:
+        return find_form(columns, row, where, self.form, self.text_field, self.forms)
 
 
 def read_part(part: Part, reading: Reading, broken: Broken, by_arrow: bool = True) -> tuple[Dataset, Form]:
@@ -61,7 +67,7 @@ def read_part(part: Part, reading: Reading, broken: Broken, by_arrow: bool = Tru
     """
     rows = part.arrow() if by_arrow else None
     if rows is not None and len(rows):
-        form = find_form(rows.column_names, rows[0], part.label, reading.form, reading.text_field)
+        form = reading.find(rows.column_names, rows[0], part.label)
         if is_readable(rows, form) or part.suffix == ".parquet" or isinstance(part, HubSplit):
             return _sound(rows, form, part, reading, broken), form
     return _scanned(part, reading, broken)
@@ -69,14 +75,14 @@ def read_part(part: Part, reading: Reading, broken: Broken, by_arrow: bool = Tru
 
 def _sound(rows: Dataset, form: Form, part: Part, reading: Reading, broken: Broken) -> Dataset:
     """The rows of a table without the broken ones."""
-    rows = rows.select_columns(list(form.columns(rows.column_names)))
+    rows = named(rows.select_columns(list(form.columns(rows.column_names))), form)
     # Text has neither speakers nor a template, and need not be looked at row by row.
     chat = any(
         "turns" in what and rows.features[name] != Value("string")
         for name, what in form.columns(rows.column_names).items()
     )
     keep = None
-    for index, fault in faults(rows, form, reading.also if chat else None):
+    for index, fault in faults(rows, form, reading.also if chat or form.check else None):
         place = part.place(index) if len(broken.first) < SHOWN else ""
         broken.add(place, fault)
         keep = np.ones(len(rows), bool) if keep is None else keep
@@ -86,6 +92,9 @@ def _sound(rows: Dataset, form: Form, part: Part, reading: Reading, broken: Brok
     _not_empty(len(rows), part, broken)
     if is_plain(rows.features, form):
         return rows
+    if form.check is not None:
+        features = features_of_row(form.to_trl(rows[0]), reading.text_field)
+        return rows.map(form.to_trl, remove_columns=rows.column_names, features=features)
     features = free_turns(rows.features, form) if set(form.needed) <= set(form.to_trl(rows[0])) else None
     gone = [name for name in rows.column_names if name not in form.to_trl(rows[0])]
     return rows.map(form.to_trl, remove_columns=gone, features=features)
@@ -137,7 +146,7 @@ def scanned_form(part: Part, reading: Reading) -> tuple[Form, list[str]]:
         first = row if first is None or len(row) > len(first) else first
     if first is None:
         _not_empty(0, part, broken)
-    return find_form(list(columns), first, part.label, reading.form, reading.text_field), list(columns)
+    return reading.find(list(columns), first, part.label), list(columns)
 
 
 def sound_rows(part: Part, form: Form, columns: Sequence[str], reading: Reading, broken: Broken) -> Iterator[dict]:

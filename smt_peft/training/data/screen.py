@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from .forms import ANY_TEXT, ANYTHING, IDS, SPELLED_TURNS, TEXT, TEXT_OR_TURNS, TURNS, Form, row_fault
+from .forms import ANY_TEXT, ANYTHING, IDS, LABEL, SPELLED_TURNS, TEXT, TEXT_OR_TURNS, TURNS, Form, row_fault
 from .turns import MAY_BE_EMPTY, ROLES, SPELLINGS
 
 BATCH = 1000
@@ -44,6 +44,8 @@ def sound(table: pa.Table, form: Form) -> np.ndarray:
     sure = np.ones(len(table), bool)
     for name, column in columns.items():
         sure &= _SCREENS[what[name]](column)
+    if form.check is not None:
+        sure[:] = False
     if form.name == "prompt/completion" and _is_text(columns["prompt"]) != _is_text(columns["completion"]):
         sure[:] = False
     if form.name == "tokenised" and "labels" in columns and sure.any():
@@ -61,7 +63,13 @@ def is_readable(rows: Dataset, form: Form) -> bool:
         kind = schema.field(name).type
         listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
         text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-        fits = {TEXT: text, ANY_TEXT: text, TEXT_OR_TURNS: text or listed, ANYTHING: True}
+        fits = {
+            TEXT: text,
+            ANY_TEXT: text,
+            TEXT_OR_TURNS: text or listed,
+            LABEL: text or pa.types.is_integer(kind),
+            ANYTHING: True,
+        }
         if not fits.get(what, listed):
             return False
     return True
@@ -110,6 +118,12 @@ def _ids(column: pa.Array) -> np.ndarray:
     return sure
 
 
+def _label(column: pa.Array) -> np.ndarray:
+    if not pa.types.is_integer(column.type):
+        return _text(column)
+    return pc.fill_null(pc.greater_equal(column, 0), False).to_numpy(zero_copy_only=False)
+
+
 def _anything(column: pa.Array) -> np.ndarray:
     return ~_none(column)
 
@@ -121,6 +135,7 @@ _SCREENS = {
     SPELLED_TURNS: _spelled_turns,
     TEXT_OR_TURNS: _text_or_turns,
     IDS: _ids,
+    LABEL: _label,
     ANYTHING: _anything,
 }
 

@@ -53,8 +53,15 @@ class Source:
         return Source(**{**settings, "path": tuple(path) if isinstance(path, list) else path})
 
 
-def mixture_errors(mixture: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Everything that is wrong with the entries of `dataset_mixture`, before anything is read."""
+def mixture_errors(
+    mixture: Sequence[Mapping[str, Any]], forms: Sequence[str] = tuple(FORMS)
+) -> Iterator[tuple[str, str]]:
+    """Everything that is wrong with the entries of `dataset_mixture`, before anything is read.
+
+    Args:
+        mixture: the entries.
+        forms: names of the forms that the rows of a run may have.
+    """
     known = [field.name for field in fields(Source)]
     if not mixture:
         yield "", "dataset_mixture is empty; name at least one source, - {path: rows.jsonl, weight: 0.5}"
@@ -70,10 +77,10 @@ def mixture_errors(mixture: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, 
                 f".{number - 1}",
                 f"{where}: exactly one of path (local files) and name (a data set on the Hub) is needed",
             )
-        if entry.get("format", AUTO) not in (AUTO, *FORMS):
+        if entry.get("format", AUTO) not in (AUTO, *forms):
             yield (
                 f".{number - 1}.format",
-                f"{where}: format must be one of {', '.join((AUTO, *FORMS))}, got {entry['format']!r}",
+                f"{where}: format must be one of {', '.join((AUTO, *forms))}, got {entry['format']!r}",
             )
         weight = entry.get("weight")
         if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight <= 0):

@@ -49,12 +49,13 @@ def conversation_check(trainer: SFTConfig, tokenizer: PreTrainedTokenizerBase) -
             return None
         if trainer.assistant_only_loss and not any(turn["role"] == "assistant" for turn in turns):
             return "the assistant says nothing, so assistant_only_loss leaves nothing to learn"
-        return _refusal(tokenizer, template, [*prompt, *turns], row.get("tools")) if refuses else None
+        return refusal(tokenizer, template, [*prompt, *turns], row.get("tools")) if refuses else None
 
     return check
 
 
-def _refusal(tokenizer, template: str, turns: list[dict], tools) -> str | None:
+def refusal(tokenizer: PreTrainedTokenizerBase, template: str, turns: list[dict], tools) -> str | None:
+    """Why a template cannot render a conversation, or None."""
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools
         tokenizer.apply_chat_template(turns, chat_template=template, tools=tools, tokenize=False)

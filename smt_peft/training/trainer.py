@@ -74,7 +74,7 @@ class SafeTraining:
         self._total_loss_scalar += self._tr_loss.item()
         if not any("train_loss" in entry for entry in state.log_history):
             self.model.train()
-            self.log({"train_loss": 0.0})
+            self.log({"train_runtime": self.seconds, "total_flos": state.total_flos, "train_loss": 0.0})
 
     @property
     def seconds(self) -> float:

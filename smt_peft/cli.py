@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import warnings
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, VerificationError, StoppedError, KeyboardInterrupt) as error:
         if args.traceback:
             raise
-        print(f"smt {args.name}: {error or 'stopped by Ctrl-C'}", file=sys.stderr)
+        # A signal comes to all the processes of a run, and they have but one thing to say.
+        if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
+            print(f"smt {args.name}: {error or 'stopped by Ctrl-C'}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return 128 + (error.signal_number if isinstance(error, Interrupted) else signal.SIGINT)
         return 2 if isinstance(error, ConfigError) else 1

@@ -6,6 +6,7 @@ to a deletion or a copy that was stopped half way, is not resumed from.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 CONTENTS = "contents.json"
 # What is being written, and what is being deleted. Neither is looked into; the next start removes both.
 SAVING, DELETING = "saving.part", "deleting.part"
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -98,6 +100,18 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def is_full(error: BaseException | None, directory: Path) -> bool:
+    """Whether an error, or what it came from, is for want of room; ask before anything is removed.
+
+    Libraries in other languages have but words for it, and PyTorch's writer not even these.
+    """
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL or "No space left" in str(error) or "quota" in str(error):
+            return True
+        error = error.__cause__
+    return directory.is_dir() and shutil.disk_usage(directory).free < 2**20
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

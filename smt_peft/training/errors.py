@@ -15,6 +15,10 @@ class StoppedError(RuntimeError):
     """A run could not go on; the message says why, what is saved, and how to go on."""
 
 
+class DiskFullError(StoppedError):
+    """Something could not be written for want of room."""
+
+
 class DivergedError(StoppedError):
     """A loss or a weight became infinite or no number; from the same settings the run would only come there again."""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from . import outputs
-from .checkpoints import last_checkpoint
-from .errors import DivergedError, Interrupted, StoppedError
+from .checkpoints import is_full, last_checkpoint
+from .errors import DiskFullError, DivergedError, Interrupted, StoppedError
+from .lock import locked
 from .schema import Run
 from .signals import interrupting
-
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def explained(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,12 +27,13 @@ def explained(verb: Callable[..., Any]) -> Callable[..., Any]:
         Interrupted: a signal.
         DivergedError: losses or weights that are not finite.
         StoppedError: a file that could not be read or written.
+        ConfigError: another run is at work in the output directory.
     """
 
     @wraps(verb)
     def explaining(run: Run, *args: Any, **kwargs: Any) -> Any:
         try:
-            with interrupting():
+            with interrupting(), _alone(run):
                 return verb(run, *args, **kwargs)
         except Interrupted as stop:
             raise Interrupted(_ending(run, verb, str(stop)), stop.signal_number) from stop
@@ -45,6 +45,11 @@ def explained(verb: Callable[..., Any]) -> Callable[..., Any]:
             raise StoppedError(_ending(run, verb, _failure(run, error))) from error
 
     return explaining
+
+
+def _alone(run: Run) -> AbstractContextManager[None]:
+    """Of the processes of one run, the first holds the directory."""
+    return locked(Path(run.trainer.output_dir)) if run.trainer.process_index == 0 else nullcontext()
 
 
 def _ending(run: Run, verb: Callable, why: str) -> str:
@@ -95,21 +100,12 @@ def _diverged(run: Run, why: str) -> str:
 def _failure(run: Run, error: BaseException) -> str:
     directory = Path(run.trainer.output_dir)
     text = str(error) if isinstance(error, StoppedError) else f"stopped: {error}"
-    if not _is_full(error, directory):
+    if not (isinstance(error, DiskFullError) or is_full(error, directory)) or not directory.is_dir():
         return text
     free = shutil.disk_usage(directory).free / 2**20
-    needed = _size(last_checkpoint(directory))
-    room = f"; a checkpoint takes {needed / 2**20:,.1f} MiB, and a new one is written before an old one goes"
-    return f"{text}\nthe disk of {directory} is full ({free:,.1f} MiB left){room if needed else ''}: free some room"
-
-
-def _is_full(error: BaseException | None, directory: Path) -> bool:
-    """Whether it is, or what it came from is, for want of room; libraries in other languages have but words for it."""
-    while error is not None:
-        if getattr(error, "errno", None) in _FULL or "No space left" in str(error) or "quota" in str(error):
-            return directory.is_dir()
-        error = error.__cause__
-    return directory.is_dir() and shutil.disk_usage(directory).free < 2**20
+    needed = _size(last_checkpoint(directory)) / 2**20
+    room = f"; a checkpoint takes {needed:,.1f} MiB, and a new one is written before an old one goes" if needed else ""
+    return f"{text}\nthe disk is full: {free:,.1f} MiB left in {directory}{room}. Free some room"
 
 
 def _size(checkpoint: Path | None) -> int:

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from . import checkpoints
-from .errors import DivergedError, Interrupted, StoppedError
+from .errors import DiskFullError, DivergedError, Interrupted, StoppedError
 from .signals import Request, name, requesting
 
 # Where the trainer's state keeps what is not in it by itself; `state` in JSON has this place for callbacks.
@@ -118,8 +118,9 @@ class SafeTraining:
             self._publish(self._aside / checkpoint.name, checkpoint)
         # torch.save has RuntimeErrors for a disk that is full.
         except (OSError, RuntimeError, SafetensorError) as error:
+            kind = DiskFullError if checkpoints.is_full(error, directory) else StoppedError
             shutil.rmtree(self._aside, ignore_errors=True)
-            raise StoppedError(f"{checkpoint.name} could not be written ({error})") from error
+            raise kind(f"{checkpoint.name} could not be written ({error})") from error
         finally:
             self._aside = None
         self._saved_at = self.state.global_step

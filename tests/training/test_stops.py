@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from smt_peft import cli
-from smt_peft.training import checkpoints, outputs, signals
+from smt_peft.training import checkpoints, lock, outputs, signals
 from smt_peft.training.errors import ConfigError, DivergedError, Interrupted, StoppedError
 from smt_peft.training.run import select, train
 from smt_peft.training.schema import load_run
@@ -196,6 +197,13 @@ def test_a_run_without_checkpoints_is_not_trained_again_for_its_verification(wor
     assert metrics["verified"] and numbers(metrics) == numbers(unfinished)
 
 
+@pytest.mark.parametrize(("free", "full"), [(0, True), (2**40, False)])
+def test_a_writer_that_only_says_that_it_failed_is_asked_for_room(tmp_path, monkeypatch, free, full):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    failure = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 814336 vs 814228")
+    assert checkpoints.is_full(failure, tmp_path) == full
+
+
 class FullDisk:
     """`torch.save`, until the disk is full; in the words of Python, and of PyTorch's own writer."""
 
@@ -225,7 +233,11 @@ def test_a_full_disk_ends_with_one_message(workshop, straight, tmp_path, monkeyp
         assert cli.main(["train", str(path)]) == 1
     told = capsys.readouterr().err
     assert "checkpoint-6 could not be written" in told and "No space left on device" in told
-    assert f"the disk of {tmp_path / 'out'} is full (" in told and "a new one is written before an old one goes" in told
+    assert (
+        "the disk is full: " in told
+        and f"MiB left in {tmp_path / 'out'}; a checkpoint takes" in told
+        and "a new one is written before an old one goes" in told
+    )
     assert "selection.safetensors, checkpoint-4\n" in told
     assert told.endswith(f"the same command goes on from checkpoint-4: smt train {path}\n")
     assert "Traceback" not in told and not list((tmp_path / "out").glob("*.part"))
@@ -250,6 +262,7 @@ def test_a_full_disk_at_the_end_keeps_the_last_checkpoint(workshop, tmp_path, mo
 @pytest.mark.parametrize("how", ["deleted", "emptied"])
 def test_a_lost_directory_is_noticed_when_the_run_logs(workshop, tmp_path, how):
     path = workshop.write("lost", **{**SETTINGS, "save_steps": 100}, output_dir=str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
 
     def lose(model):
         shutil.rmtree(tmp_path / "out")
@@ -308,6 +321,28 @@ def test_a_selection_is_not_replaced_under_a_run_that_uses_it(workshop, tmp_path
         train(load_run(path), [At(3, lambda model: os.kill(os.getpid(), signal.SIGINT))])
     with pytest.raises(ConfigError, match="holds a run that uses its selection"):
         select(load_run(path))
+
+
+def test_two_runs_do_not_share_a_directory(workshop, tmp_path, monkeypatch):
+    path = workshop.write("shared", **SETTINGS, output_dir=str(tmp_path / "out"))
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+
+    def second(model):
+        assert forked(refused, tmp_path / "log") == 0
+
+    def refused():
+        with pytest.raises(ConfigError, match="output_dir: another run is at work in"):
+            train(load_run(path))
+
+    metrics = train(load_run(path), [At(3, second)])
+    assert history(metrics)[-1]["step"] == 10
+
+
+def test_what_a_refused_run_leaves_is_nothing(workshop, tmp_path):
+    path = workshop.write("refused", **SETTINGS, output_dir=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="there is no checkpoint"):
+        train(load_run(path, ["resume_from_checkpoint=true"]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_that_lost_a_file_or_half_of_one_is_not_whole(tmp_path):

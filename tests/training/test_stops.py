@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -315,6 +317,15 @@ def test_a_user_may_ask_to_pass_over_such_losses(workshop, tmp_path):
     assert not load_run(workshop.write("filtered", **SETTINGS)).trainer.logging_nan_inf_filter
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bars_are_for_terminals(workshop, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    path = workshop.write("bars", **SETTINGS, disable_tqdm=None)
+    assert load_run(path).trainer.disable_tqdm is not terminal
+    assert load_run(path, ["disable_tqdm=true"]).trainer.disable_tqdm
+    assert not load_run(path, ["disable_tqdm=false"]).trainer.disable_tqdm
+
+
 def test_a_selection_is_not_replaced_under_a_run_that_uses_it(workshop, tmp_path):
     path = workshop.write("used", **SETTINGS, output_dir=str(tmp_path / "out"))
     with pytest.raises(Interrupted):
@@ -375,8 +386,6 @@ def test_pruning_keeps_the_best_and_the_newest(tmp_path):
 
 
 def test_signals_in_another_thread_are_left_alone():
-    import threading
-
     def body():
         with signals.requesting() as request:
             found.append(request.number)

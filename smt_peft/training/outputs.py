@@ -16,7 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .checkpoints import last_checkpoint, read_state, sync
+from .checkpoints import is_whole, last_checkpoint, read_state, sync
 from .errors import ConfigError
 from .keys import RunConfig
 from .schema import Run
@@ -122,6 +122,8 @@ def _checkpoint(directory: Path, wanted: bool | str, earlier: dict | None, run: 
         )
     if not Path(found).is_dir():
         raise ConfigError(f"{_RESUME}: there is no checkpoint at {found}; say true for the last one in output_dir")
+    if Path(found) != directory and not is_whole(Path(found)):
+        raise ConfigError(f"{_RESUME}: {found} is not whole, a save or a copy was stopped half way; name another one")
     if not (directory / SELECTION).is_file():
         raise ConfigError(
             f"{_RESUME}: {directory} has no {SELECTION}, which says what the checkpoint's weights are; "

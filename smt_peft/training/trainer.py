@@ -58,6 +58,7 @@ class SafeTraining:
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with requesting() as self._request:
             result = super().train(*args, **kwargs)
+        self._tr_loss.zero_()  # It is in the total by now.
         self._note_progress()
         if number := self._requested():
             if self._saved_at != self.state.global_step:
@@ -168,6 +169,8 @@ class SafeTraining:
         return -self._earliest(torch.tensor(-self._request.number))
 
     def _check_directory(self) -> None:
+        if self.args.process_index != 0:
+            return  # On another machine the directory need not hold more than its own part of the checkpoints.
         directory = Path(self.args.output_dir)
         if not directory.is_dir() or (self.witness is not None and not self.witness.exists()):
             raise StoppedError(

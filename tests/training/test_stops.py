@@ -375,6 +375,15 @@ def test_a_checkpoint_that_lost_a_file_or_half_of_one_is_not_whole(tmp_path):
     assert checkpoints.last_checkpoint(tmp_path).name == "checkpoint-4"
 
 
+def test_a_damaged_checkpoint_that_is_asked_for_is_refused(workshop, tmp_path):
+    path = workshop.write("damaged", **SETTINGS, output_dir=str(tmp_path / "out"))
+    with pytest.raises(Interrupted):
+        train(load_run(path), [At(3, lambda model: os.kill(os.getpid(), signal.SIGINT))])
+    (tmp_path / "out" / "checkpoint-3" / "optimizer.pt").unlink()
+    with pytest.raises(ConfigError, match="checkpoint-3 is not whole"):
+        train(load_run(path, [f"resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-3'}"]))
+
+
 def test_pruning_keeps_the_best_and_the_newest(tmp_path):
     for step in (2, 4, 6, 8):
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -1,4 +1,4 @@
-# make demo | test | quantised | engines | dspy | peft-suite | style | check | bench | cost | quality | tables | clean: each sets up what it needs first.
+# make demo | test | quantised | engines | dspy | killed | peft-suite | style | check | bench | cost | quality | tables | clean: each sets up what it needs first.
 # make gpu: on a GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in a place of its own.
 PYTHON ?= python3
 VENV := $(if $(PEFT),build/peft-$(PEFT),.venv)
@@ -23,7 +23,7 @@ ENGINES := build/engines
 MINILM := build/minilm
 DSPY := build/dspy
 
-.PHONY: setup demo test quantised engines dspy peft-suite style check bench cost quality tables gpu clean
+.PHONY: setup demo test quantised engines dspy killed peft-suite style check bench cost quality tables gpu clean
 
 setup: $(KERNELS)
 
@@ -78,6 +78,10 @@ $(DSPY): $(READY)
 		"dspy>=3.4,<4" diskcache json-repair cachetools orjson tenacity cloudpickle \
 		requests urllib3 certifi idna charset-normalizer
 	touch $(DSPY)
+
+# A quickstart of 40 steps, killed 20 times at random moments, ends as one that was not. ARGS=--full: the whole of it.
+killed: $(KERNELS)
+	$(BIN)/python tests/training/killed.py --out out/killed $(ARGS)
 
 $(PEFT_SUITE): $(READY)
 	SMT_EXT=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peft-suite]" $(if $(PEFT),peft==$(PEFT))

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,22 +16,31 @@ GGUF = "python convert_hf_to_gguf.py MERGED --outfile MODEL.gguf --outtype bf16"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, 1 when a verification failed, 2 for an error in what was given."""
+    """Run one verb.
+
+    Returns:
+        The exit status: 0; 1 when a verification failed or a run could not go on; 2 for an error in what was given; 130
+        for Ctrl-C and 143 for SIGTERM, as shells have it.
+    """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     _take_settings(parser, args, rest)
     # Imported late, so that `smt --help` answers at once.
-    from .training.errors import ConfigError, VerificationError
+    from .training.errors import ConfigError, Interrupted, StoppedError, VerificationError
 
     # TRL still calls these by their old names, which is nothing a user can mend.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     try:
         args.verb(args)
-    except (ConfigError, VerificationError) as error:
+    except (ConfigError, VerificationError, StoppedError, KeyboardInterrupt) as error:
         if args.traceback:
             raise
-        print(f"smt {args.name}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, VerificationError) else 2
+        # A signal comes to all the processes of a run, and they have but one thing to say.
+        if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
+            print(f"smt {args.name}: {error or 'stopped by Ctrl-C'}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + (error.signal_number if isinstance(error, Interrupted) else signal.SIGINT)
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 

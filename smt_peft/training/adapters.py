@@ -39,7 +39,7 @@ def train_adapter(run: Run, config: PeftConfig, callbacks: Sequence[TrainerCallb
     Raises:
         ConfigError: the output directory, the model, the data or the adapter's config cannot be used.
     """
-    checkpoint = outputs.check_output_dir(run)
+    earlier = outputs.check_output_dir(run)
     prepared = prepare(run)
     config = copy.deepcopy(config)
     config.base_model_name_or_path = run.config.model_name_or_path
@@ -47,7 +47,8 @@ def train_adapter(run: Run, config: PeftConfig, callbacks: Sequence[TrainerCallb
         trainer = make_trainer(run, prepared, config, callbacks)
     except ConfigError as error:
         raise ConfigError(f"peft_config: {str(error).removeprefix('smt: ')}") from error
-    fit(run, trainer, checkpoint)
-    outputs.save_adapter(
-        trainer.model, prepared.tokenizer, Path(run.trainer.output_dir), trainer.is_world_process_zero()
-    )
+    main = trainer.is_world_process_zero()
+    if main:
+        outputs.write_run(run)
+    fit(run, trainer, earlier.checkpoint)
+    outputs.save_adapter(trainer.model, prepared.tokenizer, trainer.state, Path(run.trainer.output_dir), main)

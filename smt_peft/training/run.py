@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,13 +25,14 @@ from ..report.picture import draw_selection
 from ..report.table import report
 from ..selection import select_blocks
 from ..tuner.delta import SMTBlocks
-from . import outputs
+from . import checkpoints, outputs
 from .compare import lora_config
 from .errors import ConfigError
 from .keys import AUTO
 from .launched import all_or_none, forget_engine, wait_for_everyone, whole_or_gathering
 from .model import checkpointed
 from .schema import Run
+from .stops import explained
 from .tasks.table import task_of
 from .tasks.task import Prepared
 from .tell import tell
@@ -39,6 +41,7 @@ from .verify import verify_saved
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
+@explained
 def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Select, train, evaluate, save and verify.
 
@@ -52,22 +55,25 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
     Raises:
         ConfigError: the output directory, the model, the data or the `smt:` block cannot be used.
         VerificationError: what was saved is not what was trained.
+        StoppedError, Interrupted: see `stops.explained`; the same run started again goes on where it was stopped.
     """
     clock = _Clock()
-    checkpoint = outputs.check_output_dir(run)
+    earlier = outputs.check_output_dir(run)
     wait_for_everyone(run.trainer)
     directory = Path(run.trainer.output_dir)
+    if run.trainer.process_index == 0:
+        checkpoints.clean(directory)
     prepared = prepare(run)
     clock.lap("loading")
-    selection = choose(run, prepared, directory / outputs.SELECTION if checkpoint else None)
+    selection = choose(run, prepared, earlier.selection)
     clock.lap("selection")
     trainer = make_trainer(run, prepared, _smt_config(run, selection), callbacks)
     main = trainer.is_world_process_zero()
     if main:
-        outputs.write_run(run)
         selection.save(directory / outputs.SELECTION)
+        outputs.write_run(run)
     before = measure(run, prepared, trainer, "before")
-    seconds = fit(run, trainer, checkpoint)
+    seconds = fit(run, trainer, earlier.checkpoint)
     after = measure(run, prepared, trainer, "after")
     # Of the tuner, not of PeftModel: that one counts the padding of ragged blocks.
     trainable, _ = trainer.model.base_model.get_nb_trainable_parameters()
@@ -79,7 +85,7 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
         **_circumstances(trainer),
         "log_history": trainer.state.log_history,
     }
-    outputs.save_adapter(trainer.model, prepared.tokenizer, directory, first=main)
+    outputs.save_adapter(trainer.model, prepared.tokenizer, trainer.state, directory, first=main)
     if main:
         if run.smt.task_type == "SEQ_CLS":
             outputs.write_labels(directory, prepared.model.config.id2label)
@@ -97,13 +103,15 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
     return metrics
 
 
+@explained
 def select(run: Run) -> BlockSelection:
     """Choose blocks and save them as `selection.safetensors` in the output directory.
 
     Raises:
         ConfigError: as `train`.
     """
-    outputs.check_output_dir(run)
+    if outputs.check_output_dir(run).checkpoint:
+        raise ConfigError(f"output_dir: {run.trainer.output_dir} holds a run that uses its selection; choose another")
     wait_for_everyone(run.trainer)
     selection = choose(run, prepare(run), None)
     file = Path(run.trainer.output_dir) / outputs.SELECTION
@@ -167,6 +175,7 @@ def make_trainer(
         trainer = task_of(run).trainer(prepared, args, config, callbacks)
     # None: the one that `args.optim` names. Not every trainer takes it when it is built.
     trainer.optimizer_cls_and_kwargs = _optimizer(run, args)
+    trainer.witness = Path(run.trainer.output_dir) / outputs.RUN
     for module in trainer.model.modules():
         if isinstance(module, SMTBlocks) and module.weight.requires_grad:
             # On a quantised base TRL has cast them to bf16, in which small steps from a grown delta are lost.
@@ -176,18 +185,17 @@ def make_trainer(
 
 def fit(run: Run, trainer: Trainer, checkpoint: str | None = None) -> float:
     """Train; returns the seconds it took. From a checkpoint of the last step there is nothing left to train."""
-    if checkpoint is not None and _is_last(run, state := _state_of(checkpoint)):
+    if checkpoint is not None and outputs.is_trained(run, vars(state := _state_of(checkpoint))):
         # The trainer itself would make one step more.
         set_peft_model_state_dict(trainer.model, load_peft_weights(checkpoint, device=str(trainer.args.device)))
-        trainer.state.log_history = state.log_history
+        trainer.end_as(state)
         tell(f"{checkpoint} is the end of the training; its weights are taken as they are")
-        return outputs.trained_seconds(Path(run.trainer.output_dir))
+        return trainer.seconds
     # Again, so that neither the warm-up nor an evaluation before the training changes the order of its rows: a resumed
     # run and one with a selection file draw the same.
     set_seed(run.trainer.seed)
-    start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
-    return round(time.perf_counter() - start, 1)
+    return trainer.seconds
 
 
 def _state_of(checkpoint: str) -> TrainerState:
@@ -198,12 +206,6 @@ def _state_of(checkpoint: str) -> TrainerState:
             f"resume_from_checkpoint: {checkpoint} has no readable {TRAINER_STATE_NAME} ({error}); name another "
             "checkpoint"
         ) from error
-
-
-def _is_last(run: Run, state: TrainerState) -> bool:
-    if run.trainer.max_steps > 0:
-        return state.global_step >= run.trainer.max_steps
-    return state.epoch is not None and state.epoch >= run.trainer.num_train_epochs
 
 
 def measure(run: Run, prepared: Prepared, trainer: Trainer, label: str) -> dict[str, float]:
@@ -224,10 +226,13 @@ def compare_lora(run: Run, prepared: Prepared, selection: BlockSelection) -> dic
     rate = run.config.compare_lora_learning_rate or run.trainer.learning_rate
     set_seed(run.trainer.seed)
     prepared.model = task_of(run).load_model(run, prepared.data, run.trainer.device)
-    trainer = make_trainer(run, prepared, config, learning_rate=rate, save_strategy="no")
+    directory = Path(run.trainer.output_dir) / outputs.LORA
+    checkpoint = checkpoints.last_checkpoint(directory)
+    checkpoints.clean(directory)
+    trainer = make_trainer(run, prepared, config, learning_rate=rate, output_dir=str(directory))
     trainable, _ = trainer.model.get_nb_trainable_parameters()
     tell(f"LoRA to compare with: rank {config.r}, {trainable:,} trainable weights, learning rate {rate:g}")
-    seconds = fit(run, trainer)
+    seconds = fit(run, trainer, checkpoint and str(checkpoint))
     return {
         **measure(run, prepared, trainer, "LoRA"),
         "seconds": seconds,
@@ -272,6 +277,8 @@ def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any])
     outputs.write_text(directory / outputs.REPORT, text)
     draw_selection(selection, directory / outputs.PICTURE)
     outputs.write_metrics(directory, metrics, finished=True)
+    # Served for nothing but to go on with the comparison.
+    shutil.rmtree(directory / outputs.LORA, ignore_errors=True)
     tell("\n" + text)
     tell(
         f"saved in {directory}: adapter, {outputs.SELECTION}, {outputs.RUN}, {outputs.METRICS}, {outputs.REPORT}, "

@@ -1,4 +1,5 @@
-"""The command line: `smt train`, `smt select`, `smt plan`, `smt schema`, `smt merge`, `smt bench`, `smt env`."""
+"""The command line: `smt train`, `smt select`, `smt plan`, `smt schema`, `smt merge`, `smt report`, `smt bench`,
+`smt env`."""
 
 from __future__ import annotations
 
@@ -77,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         help="what the blocks are added to: the base's own weights (the default), or, after training on a quantised "
         "base, its weights dequantised or quantised anew",
     )
+    sub = _verb(verbs, "report", _report, "make report.html again from the files of a run")
+    sub.add_argument("directory", metavar="OUT_DIR", help="output_dir of smt train or smt select")
     sub = _verb(verbs, "bench", _bench, "check the operations, then time them beside every other route")
     sub.add_argument("--operation", nargs="+", metavar="NAME", help="only these; block_grad, block_adamw_, ...")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="the GPU where there is one")
@@ -118,9 +121,10 @@ def _train(args: argparse.Namespace) -> None:
 
         dry_run(run)
     else:
+        from .plan.record import record
         from .training.run import train
 
-        train(run)
+        train(run, plan=record)
 
 
 def _select(args: argparse.Namespace) -> None:
@@ -162,6 +166,17 @@ def _merge(args: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     print(f"merged {args.adapter} into {args.out}; load it with transformers' from_pretrained")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .report.html import write_report
+    from .training.errors import ConfigError
+
+    try:
+        file = write_report(args.directory)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    print(f"wrote {file}")
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -13,14 +13,12 @@ import yaml
 from peft import get_peft_model_state_dict
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..report.files import METRICS, RUN, SELECTION, UNFINISHED
 from .errors import ConfigError
 from .keys import RunConfig
 from .schema import Run
 from .tell import tell
 
-RUN, METRICS, SELECTION = "run.yaml", "metrics.json", "selection.safetensors"
-# The numbers of a run that is trained and saved, until verification and comparison are through as well.
-UNFINISHED = "metrics_unfinished.json"
 REPORT, PICTURE = "report.md", "blocks.png"
 _FOREIGN = re.compile(r"checkpoint-\d+|adapter_.*|config\.json|.*\.(safetensors|bin|pt)")
 _RESUME = "resume_from_checkpoint"

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from smt_peft.blocks import BlockGrid, BlockSelection
-from smt_peft.report.picture import MAX_CELLS, draw_selection, selection_figure
+from smt_peft.report.picture import draw_selection, selection_figure
 from smt_peft.report.places import places
+from smt_peft.report.shade import MAX_CELLS
 from smt_peft.report.table import by_kind, by_layer, report, results, table
 
 

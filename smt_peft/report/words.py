@@ -1,0 +1,28 @@
+"""Numbers as they are read."""
+
+from __future__ import annotations
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def percent(share: float) -> str:
+    """`0.0084` as `0.84%`: two or three digits that count."""
+    size = abs(share)
+    if size >= 0.9995 or size == 0:
+        return f"{share:.0%}"
+    # Nothing short of everything is to read as everything.
+    return f"{share:.1%}" if size >= 0.00995 else f"{share:.2%}" if size >= 0.00005 else f"{share:.1e}"
+
+
+def size(number: int) -> str:
+    """Bytes in the unit that leaves one to four digits before the point."""
+    name = next((name for name, factor in reversed(_UNITS.items()) if number >= factor), "B")
+    return f"{number} B" if name == "B" else f"{number / _UNITS[name]:.1f} {name}"
+
+
+def duration(seconds: float) -> str:
+    """`3725` as `1 h 02 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{seconds / 60:.1f} min"

@@ -20,7 +20,7 @@ from .shade import coarse, shade
 from .words import percent
 
 WIDTH, HEIGHT = 360, 196
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 26
+LEFT, RIGHT, TOP, BOTTOM = 46, 20, 12, 26
 # Of the scores in a grid; reads on white and on black.
 _INK = (58, 112, 176)
 # Side of the longer edge of a grid, and of a cell from which on an outline leaves something to see inside.
@@ -102,12 +102,12 @@ def line_chart(curve: Curve) -> Chart:
 
 def mass_chart(mass: Mass) -> Chart:
     """Share of the mass against the share of the weights, on a logarithmic axis, and where the run lies."""
-    first = min(mass.points[0][0], mass.budget)
-    low = 10.0 ** math.floor(math.log10(first))
+    # The decade below the budget and what is above it: far below, every curve is flat.
+    low = 10.0 ** math.floor(math.log10(mass.budget / 3))
     x = _scale(math.log10(low), 0.0, LEFT, WIDTH - RIGHT)
     y = _scale(0.0, 1.0, HEIGHT - BOTTOM, TOP)
     even = [10 ** (math.log10(low) * (1 - i / 60)) for i in range(61)]
-    best = [(x(math.log10(weight)), y(held)) for weight, held in mass.points]
+    best = [(x(math.log10(weight)), y(held)) for weight, held in mass.points if weight >= low]
     decades = range(round(math.log10(low)), 1)
     # At most some five labels fit.
     every = -(-len(decades) // 5)
@@ -121,7 +121,7 @@ def mass_chart(mass: Mass) -> Chart:
         tuple((x(decade), f"{100 * 10.0**decade:.10g}%") for decade in decades if decade % every == 0),
         tuple((y(share), f"{share:.0%}") for share in (0.0, 0.25, 0.5, 0.75, 1.0)),
         "share of the weights",
-        (x(math.log10(mass.budget)), y(mass.held), f"this run: {percent(mass.held)}"),
+        (x(math.log10(mass.budget)), y(mass.held), f"this run, {percent(mass.budget)}: {percent(mass.held)}"),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,15 @@ _MODEL_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+_MEASURES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "exact_match": ("exact match", "{:.1%}".format),
+    "eval_loss": ("evaluation loss", "{:.4f}".format),
+    "trainable_parameters": ("trained weights", "{:,}".format),
+    "learning_rate": ("learning rate", lambda rate: f"{float(rate):g}"),
+    "seconds": ("training", duration),
 }
 
 
@@ -98,7 +107,7 @@ def _context(run: RunFiles) -> dict[str, Any]:
         "passed": None if verified is None else all(verified["passed"].values()),
         "finished": metrics.get("finished", ""),
         "tiles": _tiles(run),
-        "results": _results(metrics),
+        "results": _results(metrics, run.settings),
         "charts": _charts(metrics),
         "summary": selection.summary(),
         "shares": _shares(selection),
@@ -136,10 +145,11 @@ def _tiles(run: RunFiles) -> list[Tile]:
         Tile(
             "Trained weights" if metrics.get("after") else "Chosen weights",
             f"{weights:,}",
-            f"{percent(selection.density)} of {len(selection.grids)} matrices",
+            f"{percent(selection.density)} of those targeted",
         )
     )
-    tiles.append(Tile("Blocks", f"{selection.num_blocks:,}", f"in {len(selection.blocks)} matrices"))
+    reached = f"in {len(selection.blocks)} of {len(selection.grids)} matrices"
+    tiles.append(Tile("Blocks", f"{selection.num_blocks:,}", reached))
     update = metrics.get("effective_update") or {}
     if "share" in update:
         tiles.append(Tile("Effective update", percent(update["share"]), f"of the entries, in {update['dtype']}"))
@@ -150,36 +160,20 @@ def _tiles(run: RunFiles) -> list[Tile]:
     return tiles
 
 
-def _results(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+def _results(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> list[list[str]]:
+    """A table, its head first: a column for each model, a row for each measure that one of them has."""
     if "after" not in metrics:
         return []
-    rows = {
-        "before": metrics.get("before", {}),
-        "SMT": {"trainable_parameters": metrics.get("trainable_parameters"), **metrics["after"]},
-    }
+    own = {"trainable_parameters": metrics.get("trainable_parameters"), "learning_rate": settings.get("learning_rate")}
+    models = {"before": metrics.get("before", {}), "SMT": {**own, **metrics["after"]}}
     if "lora" in metrics:
-        rows[_rival(metrics)] = metrics["lora"]
-    columns = {
-        "exact_match": ("exact match", "{:.1%}"),
-        "eval_loss": ("eval loss", "{:.4f}"),
-        "trainable_parameters": ("trained weights", "{:,}"),
-        "learning_rate": ("learning rate", "{:g}"),
-        "seconds": ("training", "{}"),
-    }
-    shown = [key for key in columns if any(row.get(key) is not None for row in rows.values())]
-    table = []
-    for name, row in rows.items():
-        values = {key: duration(value) if key == "seconds" else value for key, value in row.items()}
-        cells = {
-            columns[key][0]: columns[key][1].format(values[key]) if values.get(key) is not None else "–"
-            for key in shown
-        }
-        table.append({"model": name, **cells})
-    return table
-
-
-def _rival(metrics: Mapping[str, Any]) -> str:
-    return f"LoRA, rank {metrics['lora']['rank']}"
+        models[f"LoRA, rank {metrics['lora']['rank']}"] = metrics["lora"]
+    rows = [["", *models]]
+    for key, (name, shown) in _MEASURES.items():
+        values = [model.get(key) for model in models.values()]
+        if any(value is not None for value in values):
+            rows.append([name, *("–" if value is None else shown(value) for value in values)])
+    return rows
 
 
 def _charts(metrics: Mapping[str, Any]) -> list[Chart]:
@@ -321,7 +315,7 @@ def _provenance(selection: BlockSelection) -> list[tuple[str, str]]:
     # The fingerprint of the base is there for comparing, not for reading.
     hidden = {"base_fingerprint", "model_name_or_path"}
     return [
-        (name, value if isinstance(value, str) else json.dumps(value))
+        (name, value[:16] if name.endswith("fingerprint") else value if isinstance(value, str) else json.dumps(value))
         for name, value in selection.provenance.items()
         if value is not None and name not in hidden
     ]

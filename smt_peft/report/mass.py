@@ -50,7 +50,8 @@ class Mass:
         chosen = percent(self.budget)
         return (
             f"The chosen {chosen} of the weights hold {percent(self.held)} of the {self.what}; the best-scored "
-            f"{chosen}, wherever they lie, would hold {percent(self.best)}, and half of it takes {percent(self.half)}."
+            f"{chosen}, wherever they lie, would hold {percent(self.best)}; half of it lies in the "
+            f"best-scored {percent(self.half)}."
         )
 
 

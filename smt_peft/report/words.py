@@ -6,12 +6,13 @@ _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def percent(share: float) -> str:
-    """`0.0084` as `0.84%`: two or three digits that count."""
-    size = abs(share)
-    if size >= 0.9995 or size == 0:
+    """`0.0084` as `0.84%`, `0.123` as `12.3%`."""
+    if share in (0, 1):
         return f"{share:.0%}"
     # Nothing short of everything is to read as everything.
-    return f"{share:.1%}" if size >= 0.00995 else f"{share:.2%}" if size >= 0.00005 else f"{share:.1e}"
+    if 0.9995 <= share < 1:
+        return ">99.9%"
+    return f"{share:.1%}" if share >= 0.09995 else f"{share:.2%}" if share >= 0.00005 else f"{100 * share:.1e}%"
 
 
 def size(number: int) -> str:

@@ -327,7 +327,11 @@ def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any])
     outputs.write_text(directory / outputs.REPORT, text)
     draw_selection(selection, directory / outputs.PICTURE)
     outputs.write_metrics(directory, metrics, finished=True)
-    write_report(directory)
+    try:
+        write_report(directory)
+    except Exception as error:
+        # The run is finished and saved; its page can be made from its files at any time.
+        tell(f"{HTML} could not be made ({type(error).__name__}: {error}); try again: smt report {directory}")
     tell("\n" + text)
     tell(
         f"saved in {directory}: adapter, {outputs.SELECTION}, {outputs.RUN}, {outputs.METRICS}, {outputs.REPORT}, "

@@ -36,7 +36,7 @@ def test_settings_may_stand_anywhere_among_the_options(workshop, monkeypatch, wo
     path = str(workshop.write("anywhere"))
     runs = []
     for module, name in (("run", "train"), ("dry_run", "dry_run")):
-        monkeypatch.setattr(f"smt_peft.training.{module}.{name}", runs.append)
+        monkeypatch.setattr(f"smt_peft.training.{module}.{name}", lambda run, **_: runs.append(run))
     assert cli.main(["train", *(path if word == "RUN" else word for word in words)]) == 0
     assert (runs[0].trainer.max_steps, runs[0].trainer.seed) == (3, 1)
 

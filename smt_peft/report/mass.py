@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from ..blocks import BlockSelection
 from .words import percent
@@ -61,35 +61,36 @@ def mass(selection: BlockSelection) -> Mass | None:
     score = str(selection.provenance.get("score", ""))
     if selection.scores.keys() != selection.grids.keys() or score in _EMPTY:
         return None
-    sizes = {name: grid.effective_sizes() for name, grid in selection.grids.items()}
-    scores_N = torch.cat([selection.scores[name].reshape(-1).double().cpu() for name in sizes])
-    sizes_N = torch.cat([size.reshape(-1) for size in sizes.values()]).double()
-    mass_N = scores_N * sizes_N
-    total = float(mass_N.sum())
-    if bool((scores_N < 0).any()) or total <= 0:
+    sizes = {name: grid.effective_sizes().numpy() for name, grid in selection.grids.items()}
+    score_N = np.concatenate([selection.scores[name].reshape(-1).float().cpu().numpy() for name in sizes])
+    size_N = np.concatenate([size.reshape(-1) for size in sizes.values()])
+    if (score_N < 0).any() or not (score_N > 0).any():
         return None
-    order = torch.argsort(scores_N, descending=True, stable=True)
-    weight_N, held_N = sizes_N[order].cumsum(0) / sizes_N.sum(), mass_N[order].cumsum(0) / total
+    # NumPy sorts fp32 several times faster than PyTorch does: of a large model there are millions of blocks.
+    order = np.argsort(score_N)[::-1]
+    weight_N, held_N = np.cumsum(size_N[order]), np.cumsum(score_N[order].astype(np.float64) * size_N[order])
+    total = held_N[-1]
     held = sum(_held(selection, name, sizes[name]) for name in selection.blocks) / total
-    within = int(torch.searchsorted(weight_N, selection.density * (1 + 1e-9), right=True))
+    within = int(np.searchsorted(weight_N, selection.effective_numel, side="right"))
+    weight_N, held_N = weight_N / weight_N[-1], held_N / total
     return Mass(
         _SUMMED.get(score, f"sum of the score {score!r}"),
         selection.density,
-        held,
+        float(held),
         float(held_N[within - 1]) if within else 0.0,
-        float(weight_N[min(int(torch.searchsorted(held_N, 0.5)), len(weight_N) - 1)]),
+        float(weight_N[np.searchsorted(held_N, 0.5)]),
         _thinned(weight_N, held_N),
     )
 
 
-def _held(selection: BlockSelection, name: str, sizes: torch.Tensor) -> float:
-    rows, cols = selection.blocks[name].long().cpu().unbind(1)
-    return float((selection.scores[name].double().cpu()[rows, cols] * sizes[rows, cols]).sum())
+def _held(selection: BlockSelection, name: str, sizes: np.ndarray) -> float:
+    rows, cols = selection.blocks[name].long().cpu().numpy().T
+    scores = selection.scores[name].cpu().numpy()[rows, cols]
+    return float((scores.astype(np.float64) * sizes[rows, cols]).sum())
 
 
-def _thinned(weight_N: torch.Tensor, held_N: torch.Tensor) -> tuple[tuple[float, float], ...]:
+def _thinned(weight_N: np.ndarray, held_N: np.ndarray) -> tuple[tuple[float, float], ...]:
     """Points evenly spaced on a logarithmic axis of weights."""
-    low = weight_N[0].log10()
-    marks = torch.logspace(float(low), 0, MAX_POINTS, dtype=torch.float64)
-    at = torch.searchsorted(weight_N, marks).clamp(max=len(weight_N) - 1).unique()
+    marks = np.geomspace(weight_N[0], 1.0, MAX_POINTS)
+    at = np.unique(np.searchsorted(weight_N, marks).clip(max=len(weight_N) - 1))
     return tuple(zip(weight_N[at].tolist(), held_N[at].tolist(), strict=True))

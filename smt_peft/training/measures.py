@@ -144,7 +144,7 @@ def command(words: list[str]) -> str:
     """`sys.argv` as a line for a shell; a key that ends in `token` keeps its value to itself."""
     name = Path(words[0]).name
     shown = [f"{key}=***" if key.lower().endswith("token") and mark else word for word, key, mark in map(_split, words)]
-    return shlex.join(["smt" if name in ("smt", "cli.py") else name, *shown[1:]])
+    return shlex.join(["smt" if name in ("smt", "smt_main.py", "cli.py") else name, *shown[1:]])
 
 
 def _split(word: str) -> tuple[str, str, str]:

@@ -344,7 +344,7 @@ def _circumstances(trainer: SFTTrainer) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "command": command(sys.argv),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": f"{device.type} ({name})",
         "engine": trainer.accelerator.distributed_type.value,
         "processes": trainer.accelerator.num_processes,

@@ -64,7 +64,7 @@ def _count(layer: SMTLayer, adapter: str) -> Effective:
 
 def _before_and_after(layer: SMTLayer, blocks: SMTBlocks, adapter: str) -> tuple[Tensor, Tensor]:
     stored = layer.stored_weight()
-    if is_dtensor(stored):
+    if is_dtensor(stored) or is_dtensor(blocks.weight):
         before = ops.block_gather(_whole(layer.weight_view()), blocks.layout())
         return before, ops.add_rounded(before, _whole(blocks.weight))
     if reason := why_absent(stored):

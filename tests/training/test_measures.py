@@ -45,7 +45,7 @@ def test_the_effective_update_is_that_of_the_saved_adapter(finished, metrics, wo
     # That of the last step, as the log has it.
     logged = [entry["effective_update"] for entry in metrics["log_history"] if "effective_update" in entry]
     assert logged[-1] == update["share"]
-    assert f"| {percent(update['share'])} |" in (finished.directory / outputs.REPORT).read_text()
+    assert f" {percent(update['share'])} |" in (finished.directory / outputs.REPORT).read_text()
 
 
 def test_memory_is_counted_and_set_against_the_plan(finished, metrics, workshop):

@@ -1,4 +1,4 @@
-"""The command line: `smt train`, `smt select`, `smt plan`, `smt schema`, `smt merge`, `smt export`,
+"""The command line: `smt train`, `smt select`, `smt plan`, `smt schema`, `smt report`, `smt merge`, `smt export`,
 `smt patch`, `smt verify`, `smt bench`, `smt env`."""
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("adapter", metavar="ADAPTER", help="directory of a saved adapter")
     sub.add_argument("--base", metavar="BASE", help="check against this base; the one that the adapter names else")
     sub.add_argument("--merged", metavar="DIR", help="check that this checkpoint is base + adapter, too")
+    sub = _verb(verbs, "report", _report, "make report.html again from the files of a run")
+    sub.add_argument("directory", metavar="OUT_DIR", help="output_dir of smt train or smt select")
     sub = _verb(verbs, "bench", _bench, "check the operations, then time them beside every other route")
     sub.add_argument("--operation", nargs="+", metavar="NAME", help="only these; block_grad, block_adamw_, ...")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="the GPU where there is one")
@@ -172,9 +174,10 @@ def _train(args: argparse.Namespace) -> None:
 
         dry_run(run, plan_or_why_not)
     else:
+        from .plan.record import record
         from .training.run import train
 
-        train(run)
+        train(run, plan=record)
 
 
 def _select(args: argparse.Namespace) -> None:
@@ -279,6 +282,14 @@ def _verify(args: argparse.Namespace) -> None:
         print(check)
     if failed := [check.name for check in checks if check.passed is False]:
         raise VerificationError(f"failed: {', '.join(failed)}; do not use {args.adapter} before it is mended")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .report.html import write_report
+
+    with _errors_told():
+        file = write_report(args.directory)
+    print(f"wrote {file}")
 
 
 def _bench(args: argparse.Namespace) -> None:

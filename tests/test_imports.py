@@ -53,6 +53,7 @@ HOSTS = {
     "datasets": {"training"},
     "triton": {"ops", "bench"},
     "matplotlib": {"report"},
+    "jinja2": {"report", "training"},
     "omegaconf": {"training"},
     "pydantic": {"training"},
     "dspy": {"integrations"},

@@ -16,15 +16,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..report.files import METRICS, RUN, SELECTION, UNFINISHED
 from .checkpoints import is_whole, last_checkpoint, read_state, sync
 from .errors import ConfigError
 from .keys import RunConfig
 from .schema import Run
 from .tell import tell
 
-RUN, METRICS, SELECTION = "run.yaml", "metrics.json", "selection.safetensors"
-# The numbers of a run that is trained and saved, until verification and comparison are through as well.
-UNFINISHED = "metrics_unfinished.json"
 REPORT, PICTURE = "report.md", "blocks.png"
 # The names of the classes of a classifier by their numbers, which no adapter holds.
 LABELS = "labels.json"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import platform
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -21,7 +23,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .. import ops
 from ..blocks import BlockSelection
 from ..optim import SMTAdamW
+from ..report.html import HTML, write_report
 from ..report.picture import draw_selection
+from ..report.series import tokens_per_second
 from ..report.table import report
 from ..selection import select_blocks
 from ..tuner.delta import SMTBlocks
@@ -30,6 +34,7 @@ from .compare import lora_config
 from .errors import ConfigError
 from .keys import AUTO
 from .launched import all_or_none, forget_engine, wait_for_everyone, whole_or_gathering
+from .measures import Measures, command, kept, measure_effective_update
 from .model import checkpointed
 from .schema import Run
 from .stops import explained
@@ -42,12 +47,18 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
 @explained
-def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+def train(
+    run: Run,
+    callbacks: Sequence[TrainerCallback] = (),
+    plan: Callable[[Run], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Select, train, evaluate, save and verify.
 
     Args:
         run: from `schema.load_run`.
         callbacks: further callbacks of the trainer.
+        plan: `plan.record.record`, for the report to set what was measured against what was planned; called when all
+            else is done.
 
     Returns:
         The metrics, as written to `metrics.json`.
@@ -67,7 +78,8 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
     clock.lap("loading")
     selection = choose(run, prepared, earlier.selection)
     clock.lap("selection")
-    trainer = make_trainer(run, prepared, _smt_config(run, selection), callbacks)
+    measures = Measures()
+    trainer = make_trainer(run, prepared, _smt_config(run, selection), [*callbacks, measures])
     main = trainer.is_world_process_zero()
     if main:
         selection.save(directory / outputs.SELECTION)
@@ -82,6 +94,9 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
         "after": {**after, "seconds": seconds},
         "trainable_parameters": trainable,
         "seconds": clock.laps | {"training": seconds},
+        "effective_update": measure_effective_update(trainer.model),
+        "memory": measures.memory or kept(directory / outputs.UNFINISHED, "memory") or {},
+        "tokens_per_second": tokens_per_second(trainer.state.log_history),
         **_circumstances(trainer),
         "log_history": trainer.state.log_history,
     }
@@ -94,10 +109,14 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
         metrics["verified"] = _verify(run, prepared, trainer, directory)
         if main:
             outputs.write_metrics(directory, metrics, finished=False)
+    # Under DeepSpeed a model on the meta device would wait for the other processes.
+    plannable = plan is not None and main and not trainer.is_deepspeed_enabled
     del trainer
     if run.config.compare_lora:
         metrics["lora"] = compare_lora(run, prepared, selection)
     metrics["seconds"]["total"] = clock.total()
+    if plannable:
+        metrics["plan"] = plan(run)
     if main:
         _finish(directory, selection, metrics)
     return metrics
@@ -117,7 +136,8 @@ def select(run: Run) -> BlockSelection:
     file = Path(run.trainer.output_dir) / outputs.SELECTION
     if run.trainer.process_index == 0:
         selection.save(file)
-        tell(f"wrote {file}; train with it: smt.selection={file}")
+        report_file = write_report(file.parent)
+        tell(f"wrote {file}, drawn in {report_file}; train with it: smt.selection={file}")
     return selection
 
 
@@ -158,6 +178,7 @@ def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
             )
     except RuntimeError as error:
         raise ConfigError(f"choosing blocks on the training set: {error}") from error
+    selection.provenance["model_name_or_path"] = run.config.model_name_or_path
     # Accelerate believes a loader that was left half way to be in use still.
     loader.end()
     return selection
@@ -279,10 +300,15 @@ def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any])
     outputs.write_metrics(directory, metrics, finished=True)
     # Served for nothing but to go on with the comparison.
     shutil.rmtree(directory / outputs.LORA, ignore_errors=True)
+    try:
+        write_report(directory)
+    except Exception as error:
+        # The run is finished and saved; its page can be made from its files at any time.
+        tell(f"{HTML} could not be made ({type(error).__name__}: {error}); try again: smt report {directory}")
     tell("\n" + text)
     tell(
         f"saved in {directory}: adapter, {outputs.SELECTION}, {outputs.RUN}, {outputs.METRICS}, {outputs.REPORT}, "
-        f"{outputs.PICTURE}"
+        f"{outputs.PICTURE}, {HTML}"
     )
 
 
@@ -290,6 +316,8 @@ def _circumstances(trainer: Trainer) -> dict[str, Any]:
     device = trainer.args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
+        "command": command(sys.argv),
+        "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": f"{device.type} ({name})",
         "engine": trainer.accelerator.distributed_type.value,
         "processes": trainer.accelerator.num_processes,

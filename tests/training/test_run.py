@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smt_peft import BlockSelection, cli, select_blocks
+from smt_peft.report.html import HTML
 from smt_peft.training import outputs
 from smt_peft.training.errors import ConfigError, VerificationError
 from smt_peft.training.run import select, train
@@ -34,6 +35,7 @@ def test_a_run_saves_everything_and_verifies_it(finished):
         outputs.METRICS,
         outputs.REPORT,
         outputs.PICTURE,
+        HTML,
         "tokenizer.json",
     }
     assert names <= {path.name for path in finished.directory.iterdir()}

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import nn
 from transformers import Trainer
 
+from ..training.model import passes_as_adapted
 from .settings import Settings
 
 NAME = "smt"
@@ -115,15 +116,16 @@ class _Loader:
 
         data = load_datasets(cfg=self.cfg)
         tokenizer = load_tokenizer(self.cfg)
-        self.trainer = setup_trainer(
-            cfg=self.cfg,
-            train_dataset=data.train_dataset,
-            eval_dataset=data.eval_dataset,
-            model=self.model,
-            tokenizer=tokenizer,
-            processor=load_processor(self.cfg, tokenizer) if self.cfg.processor_type else None,
-            total_num_steps=data.total_num_steps,
-        )
+        with passes_as_adapted(self.model):
+            self.trainer = setup_trainer(
+                cfg=self.cfg,
+                train_dataset=data.train_dataset,
+                eval_dataset=data.eval_dataset,
+                model=self.model,
+                tokenizer=tokenizer,
+                processor=load_processor(self.cfg, tokenizer) if self.cfg.processor_type else None,
+                total_num_steps=data.total_num_steps,
+            )
         return self.trainer.get_train_dataloader()
 
     def loss(self, model: nn.Module, batch: Any) -> Any:

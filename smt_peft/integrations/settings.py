@@ -31,7 +31,7 @@ _FILLED_IN = {
     "revision",
     "task_type",
 }
-_KNOWN = sorted({field.name for field in fields(SMTConfig) if field.init} - _FILLED_IN) + ["warmup_batches"]
+_KNOWN = sorted({field.name for field in fields(SMTConfig)} - _FILLED_IN | {"warmup_batches"})
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,8 @@ class Settings:
         for name in given:
             if name not in _KNOWN:
                 near = difflib.get_close_matches(str(name), _KNOWN, n=1)
-                raise ValueError(
-                    f"smt.{name}: unknown setting; " + (f"did you mean {near[0]!r}?" if near else f"known are {_KNOWN}")
-                )
+                hint = f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(_KNOWN)
+                raise ValueError(f"smt.{name}: unknown setting; {hint}")
         given = _plain(given)
         selection, batches = given.pop("selection", AUTO), given.pop("warmup_batches", WARMUP_BATCHES)
         if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:

@@ -36,13 +36,14 @@ ALLOWED = {
         "selection",
         "tuner",
     },
+    "integrations": {"config", "selection", "training"},
     "plan": {"bases", "blocks", "config", "ops", "selection", "training", "tuner"},
     "cli": {"bench", "export", "plan", "report", "say", "selection", "training"},
     "__init__": {"_register", "blocks", "config", "selection"},
 }
 # The hosts, and the rooms that may know them.
 HOSTS = {
-    "peft": {"_register", "bases", "config", "tuner", "export", "plan", "training"},
+    "peft": {"_register", "bases", "config", "tuner", "export", "integrations", "plan", "training"},
     "bitsandbytes": {"bases"},
     "torchao": {"bases"},
     "hqq": {"bases"},
@@ -53,7 +54,9 @@ HOSTS = {
     "triton": {"ops", "bench"},
     "matplotlib": {"report"},
     "omegaconf": {"training"},
-    "pydantic": {"training"},
+    "pydantic": {"integrations", "training"},
+    "axolotl": {"integrations"},
+    "swift": {"integrations"},
 }
 
 

@@ -1,1 +1,1 @@
-"""Plugins for other people's trainers; each imports its host, so nothing here is imported by the rest of the package."""
+"""Plugins for other people's trainers. Each imports its host, and nothing else in the package imports them."""

@@ -63,8 +63,8 @@ class SMTArgs(BaseModel):
                 )
         if data.get("rl") and settings.need_batches:
             raise ValueError(
-                f"rl: {data['rl']} has no batches that blocks can be chosen by; name a file in `smt: {{selection: ...}}` "
-                "(`smt select` makes one), or a score without data, as `smt: {score: magnitude}`"
+                f"rl: {data['rl']} has no batches that blocks can be chosen by; name a file in `smt: {{selection: "
+                "...}` (`smt select` makes one), or a score without data, as `smt: {score: magnitude}`"
             )
         # The other way looks for LoRA's tensors, finds none, and writes the base unchanged.
         data["merge_method"] = "legacy"

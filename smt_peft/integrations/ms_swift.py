@@ -50,8 +50,8 @@ class _SMTTuner(PeftTuner):
         settings = Settings.read({**_given_by_flags(args, model), **cls.settings})
         if settings.need_batches and (reason := _why_no_batches(args)):
             raise ValueError(
-                f"{reason}, so blocks cannot be chosen by its batches; give register() a file as `selection` (`smt select` "
-                "makes one), or a `score` without data, such as 'magnitude'"
+                f"{reason}, so blocks cannot be chosen by its batches; give register() a file as `selection` (`smt "
+                "select` makes one), or a `score` without data, such as 'magnitude'"
             )
         return settings.adapt(
             model, lambda: _batches(args), args.output_dir, task_type=args.task_type.upper(), loss_fn=_loss

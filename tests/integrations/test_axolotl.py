@@ -178,5 +178,3 @@ def test_keys_that_every_adapter_shares_are_followed(workshop):
     assert config.target_modules == {"q_proj"} and config.modules_to_save == ["lm_head"]
     own = _settings({**given, "smt": {"target_modules": ["v_proj"]}}).config
     assert own.target_modules == {"v_proj"}
-
-

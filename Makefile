@@ -1,4 +1,4 @@
-# make demo | test | quantised | engines | dspy | killed | peft-suite | style | check | bench | cost | quality | tables | clean: each sets up what it needs first.
+# make demo | test | quantised | engines | integrations | killed | peft-suite | style | check | bench | cost | quality | tables | clean: each sets up what it needs first.
 # make gpu: on a GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in a place of its own.
 PYTHON ?= python3
 VENV := $(if $(PEFT),build/peft-$(PEFT),.venv)
@@ -22,8 +22,10 @@ QUANTISED := $(if $(PEFT),$(VENV),build)/quantised
 ENGINES := build/engines
 MINILM := build/minilm
 DSPY := build/dspy
+AXOLOTL := build/axolotl
+MS_SWIFT := build/ms_swift
 
-.PHONY: setup demo test quantised engines dspy killed peft-suite style check bench cost quality tables gpu clean
+.PHONY: setup demo test quantised engines integrations killed peft-suite style check bench cost quality tables gpu clean
 
 setup: $(KERNELS)
 
@@ -67,9 +69,30 @@ $(ENGINES): $(READY)
 		"deepspeed==0.19.8" hjson msgpack py-cpuinfo einops
 	touch $(ENGINES)
 
-# DSPy, and the tests of its plugin.
-dspy: $(KERNELS) $(DSPY)
+# Other people's trainers over the PyTorch and the PEFT of .venv. axolotl and ms-swift come with the Transformers and TRL
+# that they pin; both pin PEFT below 0.21, which has no place for a tuner of others' to save and load by, and run with
+# 0.21 (2026-11).
+integrations: $(KERNELS) $(AXOLOTL) $(MS_SWIFT) $(DSPY)
+	PYTHONPATH=$(abspath $(AXOLOTL)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_axolotl.py
+	PYTHONPATH=$(abspath $(MS_SWIFT)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_ms_swift.py
 	PYTHONPATH=$(abspath $(DSPY)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_dspy.py
+
+# Of what axolotl asks for, what it imports to train: no xformers, no flash-attention, no cloud storage.
+$(AXOLOTL): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(AXOLOTL) \
+		"axolotl==0.19.0" "transformers==5.16.1" "tokenizers==0.23.1" "huggingface_hub==1.17.0" "accelerate==1.13.0" \
+		"datasets==4.8.4" "trl==1.9.0" "axolotl-contribs-lgpl==0.0.7" "axolotl-contribs-mit==0.0.6" \
+		"bitsandbytes==0.50.2" "posthog==6.7.11" "python-dotenv==1.0.1" addict art backoff colorama distro einops \
+		evaluate fastcore fire httpcore httpx "numba>=0.63.1,<1" llvmlite six termcolor wandb platformdirs protobuf \
+		opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions
+	touch $(AXOLOTL)
+
+$(MS_SWIFT): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(MS_SWIFT) \
+		"ms-swift==4.6.0" "transformers==5.19.0" "datasets==4.8.4" "trl==0.29.1" modelscope modelscope_hub addict aiohttp \
+		aiohappyeyeballs aiosignal attrdict binpacking cffi cryptography dacite einops frozenlist httpcore httpx \
+		json-repair multidict propcache pycparser simplejson six yarl
+	touch $(MS_SWIFT)
 
 # Without LiteLLM, OpenAI's client and GEPA, which it loads when they are asked for: LiteLLM would take huggingface_hub,
 # filelock and importlib_metadata back by a major version, and fetches prices from the network as it is imported.

@@ -37,13 +37,13 @@ ALLOWED = {
         "tuner",
     },
     "plan": {"bases", "blocks", "config", "ops", "selection", "training", "tuner"},
-    "integrations": {"config", "export", "say", "training"},
+    "integrations": {"config", "export", "say", "selection", "training"},
     "cli": {"bench", "export", "plan", "report", "say", "selection", "training"},
     "__init__": {"_register", "blocks", "config", "selection"},
 }
 # The hosts, and the rooms that may know them.
 HOSTS = {
-    "peft": {"_register", "bases", "config", "tuner", "export", "plan", "training"},
+    "peft": {"_register", "bases", "config", "tuner", "export", "integrations", "plan", "training"},
     "bitsandbytes": {"bases"},
     "torchao": {"bases"},
     "hqq": {"bases"},
@@ -55,8 +55,10 @@ HOSTS = {
     "matplotlib": {"report"},
     "jinja2": {"report", "training"},
     "omegaconf": {"training"},
-    "pydantic": {"training"},
+    "pydantic": {"integrations", "training"},
     "dspy": {"integrations"},
+    "axolotl": {"integrations"},
+    "swift": {"integrations"},
 }
 
 

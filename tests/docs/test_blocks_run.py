@@ -1,0 +1,73 @@
+"""Every fenced block of README.md and docs/ is run, or says why not and is checked as far as it can be."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest.importorskip("trl", reason="the pages train by `smt train`")
+pytest.importorskip("jsonschema", reason="parts of a YAML are checked by its schema")
+
+import torch
+from desk import Desk, check_command, commands
+from pages import PAGES, fences
+from stand_ins import STAND_INS
+
+# What can keep a block from being run. `read by`: the file of another program.
+REASONS = re.compile(r"(needs|takes|read by) \w+")
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Desk(tmp_path)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_a_page_runs(page, desk):
+    for stand_in in STAND_INS.get(page.name, ()):
+        stand_in(desk)
+    for fence in fences(page):
+        try:
+            desk.take(fence)
+        except Exception as error:
+            raise AssertionError(f"{page.name}, line {fence.line}: {type(error).__name__}: {error}") from error
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_block_has_a_language_and_a_mark_a_reason(page):
+    for fence in fences(page):
+        place = f"{page.name}, line {fence.line}"
+        assert hasattr(Desk, f"_{fence.language}"), f"{place}: {fence.language!r} is no language that is run here"
+        assert fence.reason is None or REASONS.match(fence.reason), f"{place}: {fence.reason!r} is no reason"
+
+
+def test_most_blocks_are_run():
+    found = [fence for page in PAGES for fence in fences(page) if fence.language != "text"]
+    left_out = [fence for fence in found if fence.reason]
+    assert len(left_out) <= len(found) / 3, f"{len(left_out)} of {len(found)} are not run"
+
+
+def test_a_command_goes_over_several_lines_and_has_comments():
+    assert commands("# first\nsmt train run.yaml \\\n    lr=1  # fast\n\nsmt env\n") == [
+        "smt train run.yaml lr=1  # fast",
+        "smt env",
+    ]
+
+
+@pytest.mark.parametrize(
+    "line", ["smt trian run.yaml", "smt merge --upon a b", "make nothing", "accelerate launch -m smt_peft.cli plam x"]
+)
+def test_a_command_that_does_not_exist_is_noticed(line, capsys):
+    with pytest.raises(AssertionError):
+        check_command(line.split())
+
+
+def test_a_command_that_exists_is_not_run(capsys):
+    check_command("CUDA_VISIBLE_DEVICES=0 accelerate launch --num_processes 8 -m smt_peft.cli train run.yaml a=1".split())
+    check_command(["make", "demo"])
+    check_command(["vllm", "serve", "out"])

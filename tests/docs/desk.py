@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonschema import Draft202012Validator
+from omegaconf import OmegaConf
 from pages import ROOT, Fence
 
 from smt_peft import cli
@@ -77,7 +77,8 @@ class Desk:
     _jinja = _html
 
     def _yaml(self, fence: Fence) -> None:
-        settings = yaml.safe_load(fence.text)
+        # Not PyYAML, to which 2e-2 is text.
+        settings = OmegaConf.to_container(OmegaConf.create(fence.text))
         if fence.reason is not None and fence.reason.startswith(FOREIGN):
             return
         wrong = [error.message for error in _parts_of_a_run().iter_errors(settings)]

@@ -12,6 +12,7 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 # Stands on the line before a fence, where a reader of the page does not see it.
 MARK = re.compile(r"<!-- not run: (.+?) -->\s*$")
 # A block whose first line is a file's name is that file.

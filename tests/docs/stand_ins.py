@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import yaml
 from desk import Desk
-from helpers import batch
-from pages import ROOT, fences
+from helpers import batch, save_tiny_model
+
+RUN = """\
+model_name_or_path: model
+dataset_path: quickstart/data/test.jsonl
+max_length: 64
+per_device_train_batch_size: 4
+gradient_checkpointing: false
+learning_rate: 1e-2
+output_dir: out/run
+smt: {block_size: 8, density: 0.1}
+"""
 
 
 def batches(desk: Desk) -> None:
@@ -16,12 +25,13 @@ def batches(desk: Desk) -> None:
 
 
 def run_yaml(desk: Desk) -> None:
-    """The run of the README."""
-    (text,) = (fence.text for fence in fences(ROOT / "README.md") if fence.language == "yaml")
-    (desk.directory / "run.yaml").write_text(yaml.safe_dump(yaml.safe_load(text)))
+    """A run of a tiny model over a few rows."""
+    save_tiny_model(desk.directory / "model")
+    (desk.directory / "run.yaml").write_text(RUN)
 
 
 STAND_INS: dict[str, tuple[Callable[[Desk], None], ...]] = {
     "README.md": (batches,),
-    "plan.md": (run_yaml,),
+    "docs/coming_from.md": (batches,),
+    "docs/plan.md": (run_yaml,),
 }

@@ -11,7 +11,7 @@ pytest.importorskip("jsonschema", reason="parts of a YAML are checked by its sch
 
 import torch
 from desk import Desk, check_command, commands
-from pages import PAGES, fences
+from pages import NAMES, PAGES, ROOT, fences
 from stand_ins import STAND_INS
 
 # What can keep a block from being run. `read by`: the file of another program.
@@ -27,9 +27,9 @@ def desk(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_block_of_a_page_runs(page, desk):
-    for stand_in in STAND_INS.get(page.name, ()):
+    for stand_in in STAND_INS.get(page.relative_to(ROOT).as_posix(), ()):
         stand_in(desk)
     for fence in fences(page):
         try:
@@ -38,7 +38,7 @@ def test_every_block_of_a_page_runs(page, desk):
             raise AssertionError(f"{page.name}, line {fence.line}: {type(error).__name__}: {error}") from error
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_a_block_has_a_language_and_a_mark_a_reason(page):
     for fence in fences(page):
         place = f"{page.name}, line {fence.line}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 
 import pytest
-from pages import PAGES, ROOT, anchors, links
+from pages import NAMES, PAGES, ROOT, anchors, links
 
 INDEX = ROOT / "docs" / "README.md"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_somewhere(page):
     for link in links(page):
         if re.match(r"[a-z]+:", link):
@@ -30,7 +30,7 @@ def test_every_page_is_in_the_index():
     assert "docs/README.md" in set(links(ROOT / "README.md"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_a_page_names_no_place_of_one_machine(page):
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         place = f"{page.name}, line {number}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from desk import Desk
-from helpers import batch, save_tiny_model
+from helpers import batch, save_tiny_model, tiny_llama
+
+from smt_peft import SMTConfig, select_blocks
 
 RUN = """\
 model_name_or_path: model
@@ -30,8 +32,15 @@ def run_yaml(desk: Desk) -> None:
     (desk.directory / "run.yaml").write_text(RUN)
 
 
+def selection_file(desk: Desk) -> None:
+    """What `smt select` writes."""
+    config = SMTConfig(density=0.1, block_size=8, score="random")
+    select_blocks(tiny_llama(), config).save(desk.directory / "selection.safetensors")
+
+
 STAND_INS: dict[str, tuple[Callable[[Desk], None], ...]] = {
     "README.md": (batches,),
+    "docs/choosing.md": (selection_file,),
     "docs/coming_from.md": (batches,),
     "docs/plan.md": (run_yaml,),
 }

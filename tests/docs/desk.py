@@ -20,8 +20,15 @@ from pages import ROOT, Fence
 
 from smt_peft import cli
 
-# What a run of a page is cut down to; all of it is given behind the page's own overrides, so it wins.
-SHORT = ("max_steps=2", "save_steps=2", "disable_tqdm=true", "smt.warmup_batches=1", "generation_max_new_tokens=2")
+# What a run of a page is cut down to. It stands behind the page's own overrides, so it wins. `smt verify` is a verb.
+SHORT = (
+    "max_steps=2",
+    "save_steps=2",
+    "disable_tqdm=true",
+    "generation_max_new_tokens=2",
+    "smt.warmup_batches=1",
+    "verify=false",
+)
 # The mark of a block may say that it is another program's, whose keys are not known here.
 FOREIGN = "read by "
 

@@ -43,4 +43,5 @@ STAND_INS: dict[str, tuple[Callable[[Desk], None], ...]] = {
     "docs/choosing.md": (selection_file,),
     "docs/coming_from.md": (batches,),
     "docs/plan.md": (run_yaml,),
+    "docs/troubleshooting.md": (run_yaml, selection_file),
 }

@@ -65,10 +65,13 @@ def links(path: Path) -> Iterator[str]:
 
 def anchors(path: Path) -> set[str]:
     """The headings of a page as the fragments by which GitHub links to them."""
-    page = tokens(path)
-    headings = [page[place + 1] for place, token in enumerate(page) if token.type == "heading_open"]
-    texts = ["".join(part.content for part in heading.children or ()) for heading in headings]
-    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts}
+    page, found = tokens(path), []
+    for place, token in enumerate(page):
+        if token.type == "heading_open":
+            text = "".join(part.content for part in page[place + 1].children or ())
+            found.append(re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-"))
+    repeats = (found[:place].count(name) for place, name in enumerate(found))
+    return {f"{name}-{count}" if count else name for name, count in zip(found, repeats, strict=True)}
 
 
 def rows(path: Path) -> list[list[list[str]]]:

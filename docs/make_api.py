@@ -47,8 +47,8 @@ NAMES = {
 HEAD = """\
 # The Python names
 
-Made from the docstrings by `make docs`. What is here may be built upon; other names may change. The keys of a YAML are in
-[yaml.md](yaml.md), the verbs of the command line in `smt --help`.
+Made from the docstrings by `make docs`. What is here may be built upon; other names may change. The keys of a YAML are
+in [yaml.md](yaml.md), the verbs of the command line in `smt --help`.
 """
 OPERATORS = ("__or__", "__and__", "__sub__")
 LISTS = {"parameters": "Takes", "attributes": "Holds", "returns": "Gives", "yields": "Gives", "raises": "Raises"}

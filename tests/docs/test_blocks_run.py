@@ -68,8 +68,7 @@ def test_a_command_that_does_not_exist_is_noticed(line, capsys):
 
 
 def test_a_command_that_exists_is_not_run(capsys):
-    check_command(
-        "CUDA_VISIBLE_DEVICES=0 accelerate launch --num_processes 8 -m smt_peft.cli train run.yaml a=1".split()
-    )
+    launched = ["accelerate", "launch", "--num_processes", "8", "-m", "smt_peft.cli", "train", "run.yaml", "lr=1"]
+    check_command(["CUDA_VISIBLE_DEVICES=0", *launched])
     check_command(["make", "demo"])
     check_command(["vllm", "serve", "out"])

@@ -23,10 +23,9 @@ def literals(node: ast.AST) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def said() -> str:
-    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "smt_peft").rglob("*.py"))
-    return "\n".join(
-        " ".join(text.replace("`", "").split()) for source in sources for text in literals(ast.parse(source))
-    )
+    sources = (ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "smt_peft").rglob("*.py"))
+    texts = (text.replace("`", "") for source in sources for text in literals(source))
+    return "\n".join(" ".join(text.split()) for text in texts)
 
 
 @pytest.mark.parametrize(("line", "quoted"), QUOTED, ids=[f"line {line}" for line, _ in QUOTED])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,8 @@ from stand_ins import STAND_INS
 
 # What can keep a block from being run. `read by`: the file of another program.
 REASONS = re.compile(r"(needs|takes|read by) \w+")
+# Pages whose blocks a test of their own runs, with what these need.
+ELSEWHERE = {"docs/dspy.md": "tests/integrations/test_dspy.py"}
 
 
 @pytest.fixture
@@ -29,9 +33,12 @@ def desk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_block_of_a_page_runs(page, desk):
-    for stand_in in STAND_INS.get(page.relative_to(ROOT).as_posix(), ()):
+    name = page.relative_to(ROOT).as_posix()
+    for stand_in in STAND_INS.get(name, ()):
         stand_in(desk)
     for fence in fences(page):
+        if name in ELSEWHERE:
+            fence = replace(fence, reason=f"run by {ELSEWHERE[name]}")
         try:
             desk.take(fence)
         except Exception as error:
@@ -44,6 +51,11 @@ def test_a_block_has_a_language_and_a_mark_a_reason(page):
         place = f"{page.name}, line {fence.line}"
         assert hasattr(Desk, f"_{fence.language}"), f"{place}: {fence.language!r} is no language that is run here"
         assert fence.reason is None or REASONS.match(fence.reason), f"{place}: {fence.reason!r} is no reason"
+
+
+@pytest.mark.parametrize("name", sorted({*ELSEWHERE} & {*NAMES}))
+def test_a_page_that_is_run_elsewhere_is_named_there(name):
+    assert Path(name).name in (ROOT / ELSEWHERE[name]).read_text(encoding="utf-8")
 
 
 def test_most_blocks_are_run():

@@ -13,7 +13,7 @@ pytest.importorskip("jsonschema", reason="parts of a YAML are checked by its sch
 
 import torch
 from desk import Desk, check_command, commands
-from pages import NAMES, PAGES, ROOT, fences
+from pages import NAMES, PAGES, ROOT, Fence, fences
 from stand_ins import STAND_INS
 
 # What can keep a block from being run. `read by`: the file of another program.
@@ -62,6 +62,29 @@ def test_most_blocks_are_run():
     found = [fence for page in PAGES for fence in fences(page) if fence.language != "text"]
     left_out = [fence for fence in found if fence.reason]
     assert len(left_out) <= len(found) / 3, f"{len(left_out)} of {len(found)} are not run"
+
+
+@pytest.mark.parametrize(
+    ("language", "text", "reason"),
+    [
+        ("python", "1 / 0", None),
+        ("python", "def :", "needs a GPU"),
+        ("json", "{", None),
+        ("bash", "false", None),
+        ("bash", "smt train nothing.yaml", None),
+        ("bash", "smt trian run.yaml", "needs a GPU"),
+        ("yaml", "learnin_rate: 1e-3", None),
+        ("yaml", "smt: {densty: 0.1}", "needs a GPU"),
+        ("yaml", "{base_model: nowhere/here, dataset_path: none.jsonl, output_dir: out}", None),
+    ],
+)
+def test_a_block_that_does_not_hold_is_noticed(desk, capsys, language, text, reason):
+    with pytest.raises((Exception, SystemExit)):
+        desk.take(Fence(language, text, 1, reason))
+
+
+def test_what_is_another_programs_is_not_measured_by_our_keys(desk):
+    desk.take(Fence("yaml", "plugins: [theirs]", 1, "read by axolotl"))
 
 
 def test_a_command_goes_over_several_lines_and_has_comments():

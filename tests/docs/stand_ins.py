@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from desk import Desk
 from helpers import batch, save_tiny_model, tiny_llama
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 from smt_peft import SMTConfig, select_blocks
 
@@ -38,10 +40,19 @@ def selection_file(desk: Desk) -> None:
     select_blocks(tiny_llama(), config).save(desk.directory / "selection.safetensors")
 
 
+def adapter(desk: Desk) -> None:
+    """A trained adapter, and the base that it names."""
+    save_tiny_model(desk.directory / "BASE")
+    model = AutoModelForCausalLM.from_pretrained("BASE")
+    config = SMTConfig(block_size=8, density=0.1, score="random", init_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(desk.directory / "out" / "adapter")
+
+
 STAND_INS: dict[str, tuple[Callable[[Desk], None], ...]] = {
     "README.md": (batches,),
     "docs/choosing.md": (selection_file,),
     "docs/coming_from.md": (batches,),
     "docs/plan.md": (run_yaml,),
+    "docs/serving.md": (adapter,),
     "docs/troubleshooting.md": (run_yaml, selection_file),
 }

@@ -26,6 +26,8 @@ SHORT = (
     "save_steps=2",
     "disable_tqdm=true",
     "generation_max_new_tokens=2",
+    "generation_batch_size=200",
+    "per_device_eval_batch_size=100",
     "smt.warmup_batches=1",
     "verify=false",
 )

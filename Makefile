@@ -1,4 +1,4 @@
-# make demo | test | quantised | engines | integrations | killed | peft-suite | style | check | bench | cost | quality | tables | clean: each sets up what it needs first.
+# make demo | test | quantised | engines | integrations | killed | peft-suite | style | check | bench | cost | quality | tables | docs | clean: each sets up what it needs first.
 # make gpu: on a GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in a place of its own.
 PYTHON ?= python3
 VENV := $(if $(PEFT),build/peft-$(PEFT),.venv)
@@ -25,7 +25,7 @@ DSPY := build/dspy
 AXOLOTL := build/axolotl
 MS_SWIFT := build/ms_swift
 
-.PHONY: setup demo test quantised engines integrations killed peft-suite style check bench cost quality tables gpu clean
+.PHONY: setup demo test quantised engines integrations killed peft-suite style check bench cost quality tables docs gpu clean
 
 setup: $(KERNELS)
 
@@ -145,6 +145,10 @@ $(MINILM): $(READY)
 tables: $(READY)
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.quality.figures
+
+# docs/api.md, made again from the docstrings.
+docs: $(READY)
+	$(BIN)/python docs/make_api.py
 
 # With the interpreter that is given, which has a CUDA build of PyTorch: nothing is installed.
 gpu:

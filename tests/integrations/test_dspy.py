@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-dspy = pytest.importorskip("dspy", reason="make dspy")
+dspy = pytest.importorskip("dspy", reason="make integrations")
 pytest.importorskip("trl")
 
 import cloudpickle

@@ -59,7 +59,8 @@ class Workshop:
             "torch_dtype": "float32",
             "max_length": 64,
             "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 1,
+            # A worker's random state is not saved: with one, a resumed run differs from the next epoch on, LoRA's too.
+            "dataloader_num_workers": 0,
             "max_steps": 4,
             "learning_rate": 0.01,
             "logging_steps": 1,

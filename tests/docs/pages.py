@@ -63,6 +63,12 @@ def links(path: Path) -> Iterator[str]:
             yield from (str(child.attrs[name]) for name in ("href", "src") if name in child.attrs)
 
 
+def codes(path: Path) -> Iterator[str]:
+    """What stands in backticks within the text."""
+    for token in tokens(path):
+        yield from (child.content for child in token.children or () if child.type == "code_inline")
+
+
 def anchors(path: Path) -> set[str]:
     """The headings of a page as the fragments by which GitHub links to them."""
     page, found = tokens(path), []

@@ -13,7 +13,7 @@ pytest.importorskip("jsonschema", reason="parts of a YAML are checked by its sch
 
 import torch
 from desk import Desk, check_command, commands
-from pages import NAMES, PAGES, ROOT, Fence, fences
+from pages import NAMES, PAGES, ROOT, Fence, codes, fences
 from stand_ins import STAND_INS
 
 # What can keep a block from being run. `read by`: the file of another program.
@@ -56,6 +56,12 @@ def test_a_block_has_a_language_and_a_mark_a_reason(page):
 @pytest.mark.parametrize("name", sorted({*ELSEWHERE} & {*NAMES}))
 def test_a_page_that_is_run_elsewhere_is_named_there(name):
     assert Path(name).name in (ROOT / ELSEWHERE[name]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_a_verb_that_the_text_names_exists(page, capsys):
+    for verb in {code.split()[1] for code in codes(page) if code.startswith("smt ")} - {"VERB", "--help"}:
+        check_command(["smt", verb, "--help"])
 
 
 def test_most_blocks_are_run():

@@ -62,9 +62,11 @@ def full(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True).train()
 
 
-def rivals(selection: BlockSelection, modules_to_save: list[str] | None = None) -> dict[str, Callable]:
+def rivals(
+    selection: BlockSelection, modules_to_save: list[str] | None = None, task_type: str = "CAUSAL_LM"
+) -> dict[str, Callable]:
     """What else could train a model, with as many parameters as the selection where that can be: name and function."""
-    equal, dora = (lora_config(selection, modules_to_save) for _ in range(2))
+    equal, dora = (lora_config(selection, modules_to_save, task_type) for _ in range(2))
     dora.use_dora = True
     found = {f"LoRA r{equal.r}": lambda model: lora(model, equal)}
     if not dora.target_parameters:

@@ -45,6 +45,7 @@ class Setting:
         packing: how the frozen weights are packed; None: not.
         processes: that train together.
         sharded: whether each of them keeps its part of the weights only, as under FSDP2 or ZeRO-3.
+        task: of the run.
     """
 
     device: Device = Device()
@@ -56,6 +57,7 @@ class Setting:
     packing: Packing | None = None
     processes: int = 1
     sharded: bool = False
+    task: str = "sft"
 
 
 @dataclass(frozen=True)
@@ -250,11 +252,12 @@ def memory(
 
 
 def token_batch(setting: Setting) -> Batch:
-    """A full batch of token ids, without padding, and a label for each."""
+    """A full batch of token ids, without padding, and a label for each; of preferences, two answers to a sequence."""
 
     def make() -> dict[str, Tensor]:
-        ids = torch.zeros(setting.sequences, setting.tokens, dtype=torch.int64, device="meta")
-        return {"input_ids": ids, "labels": ids.clone()}
+        rows = setting.sequences * (2 if setting.task == "dpo" else 1)
+        ids = torch.zeros(rows, setting.tokens, dtype=torch.int64, device="meta")
+        return {"input_ids": ids, "labels": ids[:, 0].clone() if setting.task == "classification" else ids.clone()}
 
     return make
 
@@ -312,7 +315,7 @@ def _units(model: nn.Module) -> tuple[int, int]:
 def _rivals(selection: BlockSelection, run: Run, setting: Setting) -> Iterator[Memory]:
     from .source import base, trainer_loss
 
-    for name, put_on in methods.rivals(selection, run.smt.modules_to_save).items():
+    for name, put_on in methods.rivals(selection, run.smt.modules_to_save, run.smt.task_type).items():
         # Packed weights cannot be trained.
         own = replace(setting, packing=None) if name == "full" else setting
         yield memory(name, put_on(base(run, own)), own, trainer_loss)

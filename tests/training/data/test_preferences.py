@@ -46,7 +46,10 @@ BROKEN = [
 ]
 NO_PROMPT = [
     ({"chosen": "same", "rejected": "same"}, "chosen and rejected are the same"),
-    ({"chosen": [USER, GOOD], "rejected": [SYSTEM, BAD]}, "have no message in common, so there is no prompt"),
+    (
+        {"chosen": [USER, GOOD], "rejected": [SYSTEM, BAD]},
+        "chosen and rejected have no message in common, so there is no prompt",
+    ),
 ]
 
 

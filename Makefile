@@ -1,4 +1,4 @@
-# make demo | test | quantised | engines | peft-suite | style | check | bench | cost | quality | tables | clean: each sets up what it needs first.
+# make demo | test | quantised | engines | integrations | killed | peft-suite | style | check | bench | cost | quality | tables | docs | clean: each sets up what it needs first.
 # make gpu: on a GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in a place of its own.
 PYTHON ?= python3
 VENV := $(if $(PEFT),build/peft-$(PEFT),.venv)
@@ -21,8 +21,11 @@ export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 QUANTISED := $(if $(PEFT),$(VENV),build)/quantised
 ENGINES := build/engines
 MINILM := build/minilm
+DSPY := build/dspy
+AXOLOTL := build/axolotl
+MS_SWIFT := build/ms_swift
 
-.PHONY: setup demo test quantised engines peft-suite style check bench cost quality tables gpu clean
+.PHONY: setup demo test quantised engines integrations killed peft-suite style check bench cost quality tables docs gpu clean
 
 setup: $(KERNELS)
 
@@ -49,7 +52,7 @@ test: $(KERNELS)
 quantised: $(KERNELS) $(QUANTISED)
 	PYTHONPATH=$(abspath $(QUANTISED)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile \
 		tests/bases tests/ops/test_overlay.py tests/tuner/test_quantised.py tests/export tests/training/test_quantised_run.py \
-		tests/benchmarks/test_cost.py
+		tests/plan/test_packed.py tests/plan/test_state.py tests/benchmarks/test_cost.py
 
 $(QUANTISED): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(QUANTISED) \
@@ -65,6 +68,43 @@ $(ENGINES): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(ENGINES) \
 		"deepspeed==0.19.8" hjson msgpack py-cpuinfo einops
 	touch $(ENGINES)
+
+# Other people's trainers over the PyTorch and the PEFT of .venv. axolotl and ms-swift come with the Transformers and TRL
+# that they pin; both pin PEFT below 0.21, which has no place for a tuner of others' to save and load by, and run with
+# 0.21 (2026-11).
+integrations: $(KERNELS) $(AXOLOTL) $(MS_SWIFT) $(DSPY)
+	PYTHONPATH=$(abspath $(AXOLOTL)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_axolotl.py
+	PYTHONPATH=$(abspath $(MS_SWIFT)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_ms_swift.py
+	PYTHONPATH=$(abspath $(DSPY)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_dspy.py
+
+# Of what axolotl asks for, what it imports to train: no xformers, no flash-attention, no cloud storage.
+$(AXOLOTL): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(AXOLOTL) \
+		"axolotl==0.19.0" "transformers==5.16.1" "tokenizers==0.23.1" "huggingface_hub==1.17.0" "accelerate==1.13.0" \
+		"datasets==4.8.4" "trl==1.9.0" "axolotl-contribs-lgpl==0.0.7" "axolotl-contribs-mit==0.0.6" \
+		"bitsandbytes==0.50.2" "posthog==6.7.11" "python-dotenv==1.0.1" addict art backoff colorama distro einops \
+		evaluate fastcore fire httpcore httpx "numba>=0.63.1,<1" llvmlite six termcolor wandb platformdirs protobuf \
+		opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions
+	touch $(AXOLOTL)
+
+$(MS_SWIFT): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(MS_SWIFT) \
+		"ms-swift==4.6.0" "transformers==5.19.0" "datasets==4.8.4" "trl==0.29.1" modelscope modelscope_hub addict aiohttp \
+		aiohappyeyeballs aiosignal attrdict binpacking cffi cryptography dacite einops frozenlist httpcore httpx \
+		json-repair multidict propcache pycparser simplejson six yarl
+	touch $(MS_SWIFT)
+
+# Without LiteLLM, OpenAI's client and GEPA, which it loads when they are asked for: LiteLLM would take huggingface_hub,
+# filelock and importlib_metadata back by a major version, and fetches prices from the network as it is imported.
+$(DSPY): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(DSPY) \
+		"dspy>=3.4,<4" diskcache json-repair cachetools orjson tenacity cloudpickle \
+		requests urllib3 certifi idna charset-normalizer
+	touch $(DSPY)
+
+# A quickstart of 40 steps, killed 20 times at random moments, ends as one that was not. ARGS=--full: the whole of it.
+killed: $(KERNELS)
+	$(BIN)/python tests/training/killed.py --out out/killed $(ARGS)
 
 $(PEFT_SUITE): $(READY)
 	SMT_EXT=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[peft-suite]" $(if $(PEFT),peft==$(PEFT))
@@ -105,6 +145,10 @@ $(MINILM): $(READY)
 tables: $(READY)
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.quality.figures
+
+# docs/api.md, made again from the docstrings.
+docs: $(READY)
+	$(BIN)/python docs/make_api.py
 
 # With the interpreter that is given, which has a CUDA build of PyTorch: nothing is installed.
 gpu:

@@ -1,31 +1,46 @@
-"""The command line: `smt train`, `smt select`, `smt plan`, `smt schema`, `smt merge`, `smt bench`, `smt env`."""
+"""The command line: `smt train`, `smt select`, `smt plan`, `smt schema`, `smt report`, `smt merge`, `smt export`,
+`smt patch`, `smt verify`, `smt bench`, `smt env`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+GGUF = "python convert_hf_to_gguf.py MERGED --outfile MODEL.gguf --outtype bf16"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns the exit status: 0, 1 when a verification failed, 2 for an error in what was given."""
+    """Run one verb.
+
+    Returns:
+        The exit status: 0; 1 when a verification failed or a run could not go on; 2 for an error in what was given; 130
+        for Ctrl-C and 143 for SIGTERM, as shells have it.
+    """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     _take_settings(parser, args, rest)
     # Imported late, so that `smt --help` answers at once.
-    from .training.errors import ConfigError, VerificationError
+    from .training.errors import ConfigError, Interrupted, StoppedError, VerificationError
 
     # TRL still calls these by their old names, which is nothing a user can mend.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     try:
         args.verb(args)
-    except (ConfigError, VerificationError) as error:
+    except (ConfigError, VerificationError, StoppedError, KeyboardInterrupt) as error:
         if args.traceback:
             raise
-        print(f"smt {args.name}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, VerificationError) else 2
+        # A signal comes to all the processes of a run, and they have but one thing to say.
+        if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
+            print(f"smt {args.name}: {error or 'stopped by Ctrl-C'}", file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            return 128 + (error.signal_number if isinstance(error, Interrupted) else signal.SIGINT)
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
@@ -77,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
         help="what the blocks are added to: the base's own weights (the default), or, after training on a quantised "
         "base, its weights dequantised or quantised anew",
     )
+    sub.add_argument("--report", metavar="FILE", help="write the SHA-256 of every tensor, before and after, as JSON")
+    sub.epilog = f"For llama.cpp convert what was merged: {GGUF}"
+    _add_export(verbs)
+    _add_patch(verbs)
+    sub = _verb(verbs, "verify", _verify, "check a saved adapter: its files, its base, and what it merges into")
+    sub.add_argument("adapter", metavar="ADAPTER", help="directory of a saved adapter")
+    sub.add_argument("--base", metavar="BASE", help="check against this base; the one that the adapter names else")
+    sub.add_argument("--merged", metavar="DIR", help="check that this checkpoint is base + adapter, too")
+    sub = _verb(verbs, "report", _report, "make report.html again from the files of a run")
+    sub.add_argument("directory", metavar="OUT_DIR", help="output_dir of smt train or smt select")
     sub = _verb(verbs, "bench", _bench, "check the operations, then time them beside every other route")
     sub.add_argument("--operation", nargs="+", metavar="NAME", help="only these; block_grad, block_adamw_, ...")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="the GPU where there is one")
@@ -85,6 +110,36 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="FILE", help="write everything as JSON")
     _verb(verbs, "env", _env, "print versions, devices, and which backend serves which operation")
     return parser
+
+
+def _add_export(verbs) -> None:
+    sub = _verb(verbs, "export", _export, "write an adapter in another form: a patch of its base, or LoRA")
+    sub.add_argument("adapter", metavar="ADAPTER", help="directory of a saved adapter")
+    sub.add_argument("out", metavar="OUT", help="the patch, a file; or a directory for the LoRA adapter, new or empty")
+    sub.add_argument(
+        "--format",
+        choices=("patch", "lora"),
+        required=True,
+        help="patch: the changed values of the base's checkpoint, old and new, for smt patch; lora: an ordinary LoRA "
+        "adapter, exact where the rank allows",
+    )
+    sub.add_argument(
+        "--rank",
+        default="exact",
+        metavar="R",
+        help="of lora: exact (the default), the rank at most, or with a point the share of each delta to keep, 0.95",
+    )
+    sub.add_argument("--min-energy", type=float, metavar="SHARE", help="of lora: fail when less is kept in all")
+    sub.epilog = f"GGUF goes by way of smt merge: {GGUF}"
+
+
+def _add_patch(verbs) -> None:
+    sub = _verb(verbs, "patch", _patch, "write a patch into a checkpoint in place, or take it out to the byte")
+    sub.add_argument("action", choices=("apply", "revert"), help="also goes on, or back, after an interruption")
+    sub.add_argument("patch", metavar="PATCH", help="what smt export --format patch wrote")
+    sub.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="directory of the base's checkpoint: its files are written"
+    )
 
 
 def _verb(verbs, name: str, function, text: str) -> argparse.ArgumentParser:
@@ -114,13 +169,15 @@ def _train(args: argparse.Namespace) -> None:
 
     run = load_run(args.config, args.overrides)
     if args.dry_run:
+        from .plan.table import plan_or_why_not
         from .training.dry_run import dry_run
 
-        dry_run(run)
+        dry_run(run, plan_or_why_not)
     else:
+        from .plan.record import record
         from .training.run import train
 
-        train(run)
+        train(run, plan=record)
 
 
 def _select(args: argparse.Namespace) -> None:
@@ -153,15 +210,86 @@ def _plan(args: argparse.Namespace) -> None:
     print(table(plan(run, limit=limit, device=args.device, processes=args.processes, sharded=args.sharded)))
 
 
-def _merge(args: argparse.Namespace) -> None:
-    from .export.merge import merge_adapter
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    """What a user can mend ends without a traceback, and so does an interrupt."""
     from .training.errors import ConfigError
 
     try:
-        merge_adapter(args.adapter, args.out, onto=args.onto)
+        yield
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from .export.merge import merge_adapter
+
+    with _errors_told():
+        report = merge_adapter(args.adapter, args.out, onto=args.onto)
+        if report is not None:
+            print(report)
+        elif args.report:
+            raise ValueError(f"{args.out} was merged in memory, so there is no report of its tensors to write")
+        if args.report:
+            report.save(args.report)
     print(f"merged {args.adapter} into {args.out}; load it with transformers' from_pretrained")
+
+
+def _export(args: argparse.Namespace) -> None:
+    if args.format == "lora":
+        from .export.lora import export_lora
+
+        with _errors_told():
+            form = export_lora(args.adapter, args.out, _rank(args.rank), args.min_energy)
+        print(form)
+        print(f"wrote {args.out}, rank {form.config.r}, {form.energy:.2%} kept; PEFT loads it as LoRA")
+    else:
+        from .export.patch import export_patch
+
+        with _errors_told():
+            patch = export_patch(args.adapter, args.out)
+        print(f"wrote {args.out}: {patch.num_values:,} values of {len(patch.tensors)} tensors, old and new")
+        print(f"put it into a copy of the base: smt patch apply {args.out} CHECKPOINT")
+
+
+def _rank(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _patch(args: argparse.Namespace) -> None:
+    from .export.patching import apply_patch, revert_patch
+
+    with _errors_told():
+        patch = (apply_patch if args.action == "apply" else revert_patch)(args.patch, args.checkpoint)
+    done = "is merged now" if args.action == "apply" else "is as it was, byte for byte"
+    print(f"{args.checkpoint} {done}: {patch.num_values:,} values of {len(patch.tensors)} tensors written")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from .training.errors import VerificationError
+    from .training.verify_adapter import verify_adapter
+
+    with _errors_told():
+        checks = verify_adapter(args.adapter, args.base, args.merged)
+    for check in checks:
+        print(check)
+    if failed := [check.name for check in checks if check.passed is False]:
+        raise VerificationError(f"failed: {', '.join(failed)}; do not use {args.adapter} before it is mended")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .report.html import write_report
+
+    with _errors_told():
+        file = write_report(args.directory)
+    print(f"wrote {file}")
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -37,12 +37,13 @@ ALLOWED = {
         "tuner",
     },
     "plan": {"bases", "blocks", "config", "ops", "selection", "training", "tuner"},
+    "integrations": {"config", "export", "say", "selection", "training"},
     "cli": {"bench", "export", "plan", "report", "say", "selection", "training"},
     "__init__": {"_register", "blocks", "config", "selection"},
 }
 # The hosts, and the rooms that may know them.
 HOSTS = {
-    "peft": {"_register", "bases", "config", "tuner", "export", "plan", "training"},
+    "peft": {"_register", "bases", "config", "tuner", "export", "integrations", "plan", "training"},
     "bitsandbytes": {"bases"},
     "torchao": {"bases"},
     "hqq": {"bases"},
@@ -52,8 +53,12 @@ HOSTS = {
     "datasets": {"training"},
     "triton": {"ops", "bench"},
     "matplotlib": {"report"},
+    "jinja2": {"report", "training"},
     "omegaconf": {"training"},
-    "pydantic": {"training"},
+    "pydantic": {"integrations", "training"},
+    "dspy": {"integrations"},
+    "axolotl": {"integrations"},
+    "swift": {"integrations"},
 }
 
 

@@ -11,6 +11,7 @@ another model's are no accident.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,9 +23,21 @@ VALUES_PER_MODULE = 8
 # bf16 keeps 8 significant bits: one rounding moves a value by at most 2**-9 of it; both sides may have been rounded.
 RELATIVE_ROUNDING = 2.0**-7
 
+
+@dataclass(frozen=True)
+class Sampled:
+    """A weight of which only the values that a fingerprint asks for have been read.
+
+    Args:
+        values: the weight at `places(shape)`.
+    """
+
+    values: Tensor
+
+
 # A weight, 2-D; or, of a quantised one, what dequantises it: called when its turn comes, it gives the values and how
 # far quantising may have moved each, which broadcasts to their shape.
-Weight = Tensor | Callable[[], tuple[Tensor, Tensor]]
+Weight = Tensor | Sampled | Callable[[], tuple[Tensor, Tensor]]
 # Per value kept: the value, or for a quantised weight `[value, half a quantisation step]`.
 Sample = list[float] | list[list[float]]
 
@@ -74,15 +87,22 @@ def _is_readable(weight: Weight) -> bool:
 
 def _sample(weight: Weight) -> tuple[Tensor, Tensor]:
     """Values, and how far quantising may have moved them: fp64 on the CPU."""
+    if isinstance(weight, Sampled):
+        return weight.values.double(), torch.zeros_like(weight.values, dtype=torch.float64)
     weight, step = (weight, None) if isinstance(weight, Tensor) else weight()
-    rows, cols = weight.shape
-    steps = torch.arange(min(VALUES_PER_MODULE, weight.numel()))
-    # Rows and columns step by different primes, so that the places lie in different rows and in different columns.
-    places = steps * 7919 % rows, steps * 104729 % cols
-    values = weight.detach()[places].to(device="cpu", dtype=torch.float64)
+    chosen = places(weight.shape)
+    values = weight.detach()[chosen].to(device="cpu", dtype=torch.float64)
     if step is None:
         return values, torch.zeros_like(values)
-    return values, step.detach().expand(rows, cols)[places].to(values)
+    return values, step.detach().expand(weight.shape)[chosen].to(values)
+
+
+def places(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the values that a fingerprint keeps of a `(rows, cols)` weight, int64 `(8,)` each."""
+    rows, cols = shape
+    steps = torch.arange(min(VALUES_PER_MODULE, rows * cols))
+    # Rows and columns step by different primes, so that the places lie in different rows and in different columns.
+    return steps * 7919 % rows, steps * 104729 % cols
 
 
 def _as_json(values: Tensor, step: Tensor) -> Sample:

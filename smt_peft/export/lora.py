@@ -29,6 +29,7 @@ from ..say import say
 from ..tuner.delta import SMTBlocks
 from ..tuner.experts import ParameterLayer
 from ..tuner.layer import SMTLayer
+from .aside import directory_aside
 from .merge import load_adapter
 
 # A total below it is a loss that a user must have asked for.
@@ -53,12 +54,34 @@ class LoraForm:
     energies: dict[str, float]
     energy: float
 
+    def __str__(self) -> str:
+        width = max(map(len, self.ranks))
+        lines = [
+            f"{name:<{width}}  rank {self.ranks[name]:>5}  energy {self.energies[name]:.2%}" for name in self.ranks
+        ]
+        return "\n".join(lines)
+
     def save(self, directory: str | Path) -> None:
         """Write an ordinary LoRA adapter, which `PeftModel.from_pretrained` loads without this package."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         save_file(self.tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         self.config.save_pretrained(str(directory))
+
+
+def export_lora(
+    adapter_dir: str | Path, out_dir: str | Path, rank: int | float | Literal["exact"], min_energy: float | None = None
+) -> LoraForm:
+    """Write the LoRA form of a saved adapter into a new directory; see `convert_to_lora`.
+
+    Raises:
+        FileExistsError: `out_dir` exists and is not empty.
+    """
+    _check_rank(rank)
+    with directory_aside(Path(out_dir)) as aside:
+        form = convert_to_lora(adapter_dir, rank, min_energy=min_energy)
+        form.save(aside)
+    return form
 
 
 def convert_to_lora(

@@ -1,32 +1,72 @@
-"""Merging: base + adapter as a plain checkpoint that anything loads."""
+"""Merging: base + adapter as a plain checkpoint that anything loads.
+
+Into a checkpoint of floats an adapter is merged as its files lie: shard by shard, one tensor in memory at a time, what
+has no blocks copied byte for byte. A merge that changes more than values (onto a quantised base, a head that was tied)
+is done by PEFT on the loaded model.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
+import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..bases.packed import quantization_of
 from ..say import say
+from .adapter import SavedAdapter, settings_of
+from .aside import check_new_directory, directory_aside
+from .checkpoint import COMPANIONS, INDEX, Checkpoint, NoShards, Shard, StoredTensor, directory_of
 from .dequantised import dequantise_, quantization_config, round_to
+from .edits import Edits, NotInPlace
 
 ONTO = ("checkpoint", "dequantised", "quantised")
+
+
+@dataclass
+class MergeReport:
+    """What a merge did to each tensor of the base's checkpoint.
+
+    Args:
+        changed: SHA-256 of the tensor's bytes in the base and in the merged file, by name.
+        untouched: the one SHA-256 of both.
+    """
+
+    changed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    untouched: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{len(self.untouched):,} tensors untouched, byte-identical; {len(self.changed):,} changed"
+
+    def save(self, file: str | Path) -> None:
+        """Write every hash, as JSON."""
+        changed = {name: {"before": before, "after": after} for name, (before, after) in self.changed.items()}
+        content = {"hash": "sha256", "changed": changed, "untouched": self.untouched}
+        Path(file).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def merge_adapter(
     adapter_dir: str | Path,
     out_dir: str | Path,
     onto: Literal["checkpoint", "dequantised", "quantised"] = "checkpoint",
-) -> None:
+) -> MergeReport | None:
     """Write the base model with the adapter merged, and its tokenizer if there is one, as a Transformers checkpoint.
 
     The base comes from `base_model_name_or_path` in the adapter's `adapter_config.json`. Merged weights are
     base + delta, rounded once. Everything is written aside and renamed at the end.
+
+    Onto a checkpoint of safetensors the merge goes through its files: the output has the same shards, names and dtypes,
+    and what is written is read back and hashed. It takes memory for the largest tensor and its blocks.
 
     Args:
         adapter_dir: where the adapter was saved.
@@ -36,31 +76,40 @@ def merge_adapter(
             were loaded in, so that the merged model computes what was trained; `"quantised"`: those, quantised anew,
             which rounds: a line says by how much, and how much of the update is left.
 
+    Returns:
+        The hashes of all tensors; None where the merge had to build the model in memory, which a line says.
+
     Raises:
         FileNotFoundError: there is no adapter in `adapter_dir`.
         FileExistsError: `out_dir` exists and is not empty.
-        ValueError: the adapter names no base, or does not fit it; its base cannot be had in the way `onto` asks for.
+        OSError: the disk is full, or cannot be written.
+        ValueError: the adapter names no base, or does not fit it; its base cannot be had in the way `onto` asks for;
+            a file is damaged.
     """
     if onto not in ONTO:
         raise ValueError(f"onto must be one of {', '.join(ONTO)}, got {onto!r}")
     adapter_dir, out_dir = Path(adapter_dir), Path(out_dir)
-    settings = _settings_of(adapter_dir)
+    settings = settings_of(adapter_dir)
     base, record = settings["base_model_name_or_path"], settings.get("base_quantization")
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise FileExistsError(f"{out_dir} exists and is not empty; choose a new directory for the merged model")
-    if onto == "checkpoint":
-        merged = _onto_checkpoint(adapter_dir, base, record)
-    else:
-        merged = _onto_quantised(adapter_dir, base, record, plain=onto == "dequantised")
-    aside = out_dir.with_name(out_dir.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    merged.save_pretrained(aside)
-    tokenizer = _tokenizer(adapter_dir, base)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(aside)
-    if out_dir.exists():
-        out_dir.rmdir()
-    aside.rename(out_dir)
+    # Now, and not when the work is done.
+    check_new_directory(out_dir)
+    if onto != "checkpoint":
+        _save(_onto_quantised(adapter_dir, base, record, onto == "dequantised"), adapter_dir, base, out_dir)
+        return None
+    if record is not None:
+        say(
+            "the adapter was trained on a quantised base and is merged into the weights that base was made from; "
+            "onto='dequantised' gives exactly the model that was trained"
+        )
+    try:
+        checkpoint = Checkpoint.open(directory_of(base))
+        edits = Edits(SavedAdapter.open(adapter_dir), checkpoint)
+    except (NoShards, NotInPlace) as reason:
+        say(f"the whole model is loaded for this merge, as {reason}")
+        _save(_onto_loaded(adapter_dir, base), adapter_dir, base, out_dir)
+        return None
+    edits.check()
+    return _through_the_files(edits, adapter_dir, out_dir)
 
 
 def load_adapter(adapter_dir: str | Path) -> PeftModel:
@@ -70,21 +119,98 @@ def load_adapter(adapter_dir: str | Path) -> PeftModel:
         FileNotFoundError: there is no adapter in `adapter_dir`.
         ValueError: the adapter names no base, or does not fit it.
     """
-    base = _settings_of(Path(adapter_dir))["base_model_name_or_path"]
+    base = settings_of(Path(adapter_dir))["base_model_name_or_path"]
     return PeftModel.from_pretrained(_load_base(base), adapter_dir)
 
 
-def _onto_checkpoint(adapter_dir: Path, base: str, record: dict[str, Any] | None) -> PreTrainedModel:
+def merged_tensor(edits: Edits, tensor: StoredTensor) -> Tensor:
+    """The values of a stored tensor with the adapter merged, in one dimension."""
+    return edits.apply_(tensor.name, tensor.read())
+
+
+def _through_the_files(edits: Edits, adapter_dir: Path, out_dir: Path) -> MergeReport:
+    checkpoint, report = edits.checkpoint, MergeReport()
+    with directory_aside(out_dir, checkpoint.nbytes) as aside:
+        for name, shard in tqdm(checkpoint.shards.items(), desc="merging", unit="shard", disable=None):
+            hashes = _write_shard(shard, aside / name, edits)
+            _read_back(Shard.open(aside / name), hashes, report)
+        if (checkpoint.directory / INDEX).exists() and len(checkpoint.shards) > 1:
+            shutil.copyfile(checkpoint.directory / INDEX, aside / INDEX)
+        _copy_companions(checkpoint.directory, aside)
+        _save_tokenizer(adapter_dir, aside)
+    return report
+
+
+def _write_shard(shard: Shard, file: Path, edits: Edits) -> dict[str, tuple[str, str]]:
+    """Copy a shard, changed tensors merged. Returns the hash of each tensor's bytes as read and as written."""
+    touched, hashes = set(edits.touched), {}
+    with file.open("wb") as out:
+        out.write(shard.header)
+        for tensor in shard.tensors:
+            if tensor.name in touched:
+                before = tensor.sha256()
+                raw = merged_tensor(edits, tensor).view(torch.uint8).numpy().data
+                out.write(raw)
+                hashes[tensor.name] = before, hashlib.sha256(raw).hexdigest()
+            else:
+                digest = _copy(tensor, out)
+                hashes[tensor.name] = digest, digest
+    return hashes
+
+
+def _copy(tensor: StoredTensor, out: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    for chunk in tensor.chunks():
+        digest.update(chunk)
+        out.write(chunk)
+    return digest.hexdigest()
+
+
+def _read_back(written: Shard, hashes: dict[str, tuple[str, str]], report: MergeReport) -> None:
+    """Hash what lies on the disk now."""
+    for tensor in written.tensors:
+        before, expected = hashes[tensor.name]
+        after = tensor.sha256()
+        if after != expected:
+            raise OSError(f"{tensor.name} was not written as it should be into {written.file}; check the disk")
+        if before == after:
+            report.untouched[tensor.name] = before
+        else:
+            report.changed[tensor.name] = before, after
+
+
+def _copy_companions(source: Path, out: Path) -> None:
+    """Config, tokenizer and code of the base; not the lists of shards of other formats."""
+    for file in source.iterdir():
+        wanted = any(fnmatch(file.name, pattern) for pattern in COMPANIONS)
+        if wanted and file.is_file() and not fnmatch(file.name, "*.index.json") and "adapter" not in file.name:
+            shutil.copyfile(file, out / file.name)
+
+
+def _save_tokenizer(directory: Path | str, out: Path) -> bool:
+    """Write the tokenizer that lies in a directory, which may have been changed in training; none is no error."""
+    if isinstance(directory, Path) and not (directory / "tokenizer_config.json").is_file():
+        return False
+    try:
+        AutoTokenizer.from_pretrained(directory).save_pretrained(out)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def _save(merged: PreTrainedModel, adapter_dir: Path, base: str, out_dir: Path) -> None:
+    with directory_aside(out_dir) as aside:
+        merged.save_pretrained(aside)
+        if not _save_tokenizer(adapter_dir, aside):
+            _save_tokenizer(base, aside)
+
+
+def _onto_loaded(adapter_dir: Path, base: str) -> PreTrainedModel:
     model = _load_base(base)
     if quantization_of(model) is not None:
         raise ValueError(
             f"the base model {base} is stored quantised, so there are no floats of its own to merge into; use "
             "onto='dequantised' (--onto dequantised) or onto='quantised'"
-        )
-    if record is not None:
-        say(
-            "the adapter was trained on a quantised base and is merged into the weights that base was made from; "
-            "onto='dequantised' gives exactly the model that was trained"
         )
     return PeftModel.from_pretrained(model, adapter_dir).merge_and_unload(safe_merge=True)
 
@@ -104,22 +230,6 @@ def _onto_quantised(adapter_dir: Path, base: str, record: dict[str, Any] | None,
     return merged
 
 
-def _settings_of(adapter_dir: Path) -> dict[str, Any]:
-    file = adapter_dir / "adapter_config.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"there is no adapter in {adapter_dir}: it has no adapter_config.json; pass the output_dir of a run"
-        )
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        base = settings.get("base_model_name_or_path")
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); restore it, or save the adapter again") from error
-    if not base:
-        raise ValueError(f"{file} names no base model; set base_model_name_or_path in it")
-    return settings
-
-
 def _load_base(base: str, **settings: Any) -> PreTrainedModel:
     try:
         names = AutoConfig.from_pretrained(base).architectures or []
@@ -130,12 +240,3 @@ def _load_base(base: str, **settings: Any) -> PreTrainedModel:
         raise ValueError(
             f"the base model {base}, named in the adapter's base_model_name_or_path, cannot be loaded: {error}"
         ) from error
-
-
-def _tokenizer(adapter_dir: Path, base: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved with the adapter, else the base's; None for a model without one."""
-    own = (adapter_dir / "tokenizer_config.json").is_file()
-    try:
-        return AutoTokenizer.from_pretrained(adapter_dir if own else base)
-    except (OSError, ValueError, KeyError):
-        return None

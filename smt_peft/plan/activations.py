@@ -7,97 +7,21 @@ PyTorch's own `torch.distributed._tools.mem_tracker` counts by the same principl
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from .allocator import Allocator, Gauge
 from .device import Device
+from .layers import Layers
+from .watch import Watch
 
-_GROUPED = torch.ops.aten._grouped_mm.default
 Batch = Callable[[], Mapping[str, Tensor]]
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
-
-
-class Allocator(TorchDispatchMode):
-    """Counts the bytes of storages on the meta device that are made within, for as long as each is alive.
-
-    Attributes:
-        alive: how many there are now.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.alive = 0
-        self._gauges: list[Gauge] = []
-        self._storages: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return _answer(args[0])
-        run = _grouped_product if func is _GROUPED and args[0].is_meta else func
-        made = run(*args, **(kwargs or {}))
-        for tensor in (made,) if isinstance(made, Tensor) else tree_leaves(made):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
-                self._count(tensor.untyped_storage())
-        for gauge in self._gauges:
-            gauge.peak = max(gauge.peak, self.alive)
-        return made
-
-    def gauge(self) -> Gauge:
-        """Begins to watch for the most that is alive."""
-        self._gauges.append(Gauge(self.alive, self.alive))
-        return self._gauges[-1]
-
-    def stop(self, gauge: Gauge) -> None:
-        """Ends it, once or more often."""
-        self._gauges = [other for other in self._gauges if other is not gauge]
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._storages:
-            return
-        size = storage.nbytes()
-
-        def released(_: weakref.ref) -> None:
-            self.alive -= size
-            del self._storages[key]
-
-        # PyTorch keeps the one Python object of a storage for as long as the storage itself.
-        self._storages[key] = weakref.ref(storage, released)
-        self.alive += size
-
-    def own(self, model: nn.Module) -> None:
-        """Take the storages of a model for made before, and not count them."""
-        for tensor in (*model.parameters(), *model.buffers()):
-            storage = tensor.untyped_storage()
-            self._storages[storage._cdata] = weakref.ref(storage)
-
-
-@dataclass(eq=False)
-class Gauge:
-    """Bytes alive at its beginning, and at most until it is stopped."""
-
-    start: int = 0
-    peak: int = 0
-
-
-def _grouped_product(left: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """On the meta device PyTorch 2.13 knows it in bf16 only, its kernels know more; the shapes are the same."""
-    operands = (torch.empty_strided(x.shape, x.stride(), dtype=torch.bfloat16, device="meta") for x in (left, right))
-    shape = _GROUPED(*operands, *args, **kwargs)
-    return torch.empty_strided(shape.shape, shape.stride(), dtype=left.dtype, device="meta")
-
-
-def _answer(scalar: Tensor) -> bool | int:
-    """What a model hears that asks for a value: yes where it asks whether all of a batch is plain, that is unpadded."""
-    return scalar.dtype == torch.bool
 
 
 @dataclass(frozen=True)
@@ -127,6 +51,7 @@ def step(
     loss: Loss | None = None,
     temporaries: int = 0,
     accumulated: bool = False,
+    layers: Layers | None = None,
 ) -> Step:
     """Run a training step on the meta device.
 
@@ -137,26 +62,37 @@ def step(
         loss: of model and batch; None: what the model itself calls `loss`.
         temporaries: bytes that the optimizer takes for the time of an update.
         accumulated: whether gradients of earlier batches are there already; their bytes are not in the peak then.
+        layers: those that stand for others; None: there are none.
     """
-    loss = loss or model_loss
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained if accumulated else ():
+    loss, layers = loss or model_loss, layers or Layers()
+    trained = layers.trained(model)
+    for parameter in dict.fromkeys(trained) if accumulated else ():
         parameter.grad = torch.empty_like(parameter)
     allocator = Allocator()
     allocator.own(model)
-    with (device or Device()).pretended(), allocator, _head(model, allocator) as heads:
-        forward = allocator.gauge()
+    with (
+        (device or Device()).pretended(),
+        allocator,
+        _head(model, allocator) as heads,
+        Watch(allocator, layers).installed() as watch,
+    ):
         inputs = batch()
         value = loss(model, inputs)
-        allocator.stop(forward)
-        backward = allocator.gauge()
+        saved = watch.begin_backward()
         value.backward()
-    gradients = sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
-    peaks = {"forward": forward.peak, "backward": backward.peak, "update": allocator.alive + temporaries}
+    gradients = _bytes_of_gradients(trained)
+    forward, backward = watch.peaks()
+    # Of what a layer has taken its gradients alone are left.
+    left_out = 0 if accumulated else gradients - _bytes_of_gradients(dict.fromkeys(trained))
+    peaks = {"forward": forward, "backward": backward, "update": allocator.alive + left_out + temporaries}
     model.zero_grad(set_to_none=True)
     phase = max(peaks, key=peaks.get)
     head = max((gauge.peak - gauge.start for gauge in heads), default=0)
-    return Step(backward.start, head, gradients, peaks[phase], phase)
+    return Step(saved, head, gradients, peaks[phase], phase)
+
+
+def _bytes_of_gradients(trained: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -16,18 +17,21 @@ from ..training.compare import lora_config
 from ..tuner.experts import ParameterLayer
 from ..tuner.layer import SMTLayer
 from ..tuner.products import sketch
+from .layers import with_like_layers
 from .packed import overlay
 
 Build = Callable[[], nn.Module]
+PutOn = Callable[[nn.Module, BlockSelection], nn.Module]
 
 
 def assumed_selection(model: nn.Module, config: SMTConfig) -> BlockSelection:
     """Blocks that lie as chosen ones will, as far as `spread` and `budget` say it: drawn without data.
 
     What counts is how many columns they touch. Under `spread="assignment"` scores do not change that; with `"free"`
-    they may crowd the blocks into fewer, which takes less memory than is told here.
+    they may crowd the blocks into fewer, which takes less memory than is told here. Layers that have as many blocks of
+    the same matrices have them at the same places.
     """
-    return select_without_data(find_targets(model, config), config)
+    return with_like_layers(model, select_without_data(find_targets(model, config), config))
 
 
 def smt(model: nn.Module, config: SMTConfig, selection: BlockSelection) -> nn.Module:
@@ -64,15 +68,29 @@ def full(model: nn.Module) -> nn.Module:
 
 def rivals(
     selection: BlockSelection, modules_to_save: list[str] | None = None, task_type: str = "CAUSAL_LM"
-) -> dict[str, Callable]:
-    """What else could train a model, with as many parameters as the selection where that can be: name and function."""
-    equal, dora = (lora_config(selection, modules_to_save, task_type) for _ in range(2))
-    dora.use_dora = True
-    found = {f"LoRA r{equal.r}": lambda model: lora(model, equal)}
-    if not dora.target_parameters:
+) -> dict[str, PutOn]:
+    """What else could train a model, with as many parameters as the selection where that can be.
+
+    Args:
+        selection: of the whole model.
+        modules_to_save: what is trained besides.
+        task_type: of the model, as PEFT calls it.
+
+    Returns:
+        By name, functions of a model, which may lack layers, and of what of the selection is left in it.
+    """
+    rank = lora_config(selection, modules_to_save, task_type).r
+
+    def adapted(model: nn.Module, rest: BlockSelection, dora: bool) -> nn.Module:
+        config = lora_config(rest, modules_to_save, task_type)
+        config.r, config.lora_alpha, config.use_dora = rank, 2 * rank, dora
+        return lora(model, config)
+
+    found: dict[str, PutOn] = {f"LoRA r{rank}": partial(adapted, dora=False)}
+    if not selection.provenance.get("experts"):
         # PEFT has no DoRA over the experts of a mixture.
-        found[f"DoRA r{dora.r}"] = lambda model: lora(model, dora)
-    return found | {"full": full}
+        found[f"DoRA r{rank}"] = partial(adapted, dora=True)
+    return found | {"full": lambda model, rest: full(model)}
 
 
 def empty(build: Build) -> nn.Module:

@@ -61,8 +61,14 @@ class PackedLinear(nn.Linear):
         self.weight = nn.Parameter(linear.weight.new_empty(1).expand(shape), requires_grad=False)
 
     def dequantise(self) -> Tensor:
-        """The temporary of one pass; of an 8-bit weight in fp32, as `bases.formats` reads it."""
-        dtype = torch.float32 if self.packing.bits == 8 else self.weight.dtype
+        """The weight as SMT reads it for one pass, see `bases.formats`; of 8 bits in fp32."""
+        if self.packing.bits == 8:
+            # bitsandbytes 0.50 multiplies by the scales and then by a constant: two of them for a moment.
+            return self.weight.new_empty(self.out_features, self.in_features, dtype=torch.float32) * 1.0
+        return self.weight.new_empty(self.out_features, self.in_features)
+
+    def floats(self, dtype: torch.dtype) -> Tensor:
+        """The weight as the library itself reads it for one pass."""
         return self.weight.new_empty(self.out_features, self.in_features, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,11 +79,14 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantise().to(x.dtype), bias)
+        if layer.packing.bits == 8 and ctx.needs_input_grad[0]:
+            # As bitsandbytes 0.50 does, past `save_for_backward`: a checkpoint does not drop it.
+            ctx.input = x
+        return F.linear(x, layer.floats(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        return dy @ ctx.layer.dequantise().to(dy.dtype) if ctx.needs_input_grad[0] else None, None, None
+        return dy @ ctx.layer.floats(dy.dtype) if ctx.needs_input_grad[0] else None, None, None
 
 
 def pack(model: nn.Module, packing: Packing) -> nn.Module:

@@ -16,10 +16,10 @@ from .activations import Loss, model_loss
 from .device import Device
 from .methods import empty
 from .packed import Packing, pack
+from .setting import Setting, from_environment
 
 if TYPE_CHECKING:
     from ..training.schema import Run
-    from .plan import Setting
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,8 +28,6 @@ def setting_of(
     run: Run, device: str | None = None, processes: int | None = None, sharded: bool | None = None
 ) -> tuple[Setting, list[str]]:
     """The setting of a run, and what it assumes; arguments as in `plan`."""
-    from .plan import Setting, from_environment
-
     if processes is not None and processes < 1:
         raise ConfigError(f"--processes must be at least 1, got {processes}")
     trainer, assumed = run.trainer, []
@@ -39,7 +37,7 @@ def setting_of(
     if device == "cuda" and here == "cpu" and run.resolved.get("bf16") is None and half is None:
         # What the trainer does where there is a GPU.
         half = torch.bfloat16
-    started, shared = from_environment()
+    started, shared, partitioned = from_environment()
     tokens = trainer.max_length
     if tokens is None:
         tokens = getattr(model_config(run), "max_position_embeddings", 2048)
@@ -56,11 +54,12 @@ def setting_of(
         _packing(run),
         processes or started,
         shared if sharded is None else sharded,
+        partitioned,
         run.config.task,
     )
     if setting.task == "dpo":
         assumed.append("preferences: both answers of every row, each of as many tokens")
-    if setting.sharded and setting.processes > 1:
+    if setting.shares:
         assumed.append("sharded: everything in equal parts, one layer at work, the next gathered ahead")
     assumed.append("full batches without padding; Python, libraries and the data loader are not counted")
     return setting, assumed
@@ -94,10 +93,7 @@ def _packing(run: Run) -> Packing | None:
 
 
 def trainer_loss(model: nn.Module) -> Loss:
-    """The loss as the trainer computes it: TRL's, where it has one, by its head that never holds all logits at once.
-
-    That of preferences is made of the same log-probabilities.
-    """
+    """The loss as TRL's trainer computes it: where it has one, by its head that never holds all logits at once."""
     head = getattr(import_module("trl.trainer.utils"), "add_fused_lm_head", None)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if head is None or base.get_output_embeddings() is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..ops.adamw import QUANT_BLOCK
 from ..ops.linear import wants_columns
 from ..tuner.delta import SMTBlocks
+from .layers import Layers
 from .packed import PackedLinear
 
 Shapes = Sequence[Tensor]
@@ -43,33 +44,36 @@ class State:
         return sum(self.weights.values()) + self.trained + self.tables + self.moments
 
 
-def state_of(model: nn.Module, optimizer: Optimizer) -> State:
-    """Of a model on the meta device; what requires a gradient and is none of the base's own weights is an adapter's."""
+def state_of(model: nn.Module, optimizer: Optimizer, layers: Layers | None = None) -> State:
+    """Of a model on the meta device; what requires a gradient and is none of the base's own weights is an adapter's.
+
+    Args:
+        model: on the meta device.
+        optimizer: of what it trains.
+        layers: those that stand for others; None: there are none.
+    """
+    layers = layers or Layers()
+    trained = layers.trained(model)
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    adapter = set() if whole is model else {id(parameter) for parameter in trained_parameters(model)}
+    adapter = set() if whole is model else {id(parameter) for parameter in trained}
     weights: defaultdict[str, int] = defaultdict(int)
     seen: set[int] = set()
-    for module in model.modules():
+    for module, times in layers.counted(model):
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             key = tensor.untyped_storage()._cdata
             shape_alone = isinstance(module, PackedLinear) and tensor is module.weight
             if key not in seen and id(tensor) not in adapter and not isinstance(module, SMTBlocks) and not shape_alone:
                 seen.add(key)
-                weights[_stored_as(tensor)] += tensor.untyped_storage().nbytes()
+                weights[_stored_as(tensor)] += times * tensor.untyped_storage().nbytes()
         if isinstance(module, PackedLinear):
-            weights[module.packing.name] += module.packing.bytes(module.out_features, module.in_features)
-    trained = trained_parameters(model)
+            weights[module.packing.name] += times * module.packing.bytes(module.out_features, module.in_features)
     return State(
         dict(weights),
         sum(parameter.nbytes for parameter in trained if id(parameter) in adapter),
-        sum(_tables(module) for module in model.modules() if isinstance(module, SMTBlocks)),
+        sum(times * _tables(module) for module, times in layers.counted(model) if isinstance(module, SMTBlocks)),
         sum(optimizer.moments(parameter) for parameter in trained),
         optimizer.assumed,
     )
-
-
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _stored_as(tensor: Tensor) -> str:

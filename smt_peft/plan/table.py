@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from textwrap import wrap
+from typing import TYPE_CHECKING
 
-from .plan import Memory, Plan, runtime
-from .state import State
+from .memory import Memory
+from .plan import Plan
+from .plan import plan as make_plan
 
+if TYPE_CHECKING:
+    from ..training.schema import Run
+
+WIDTH = 80
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DECIMAL = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -36,23 +43,37 @@ def shown(number: int) -> str:
 
 
 def table(plan: Plan) -> str:
-    """The plan in lines of text."""
-    return "\n".join([*_head(plan), "", *_columns(plan), "", *_verdict(plan), "", *_assumptions(plan)])
+    """The plan in lines of text, of 80 columns where the names of models and methods let them."""
+    sections = (_head(plan), _columns(plan), _verdict(plan), _assumptions(plan))
+    return "\n\n".join("\n".join(section) for section in sections)
+
+
+def plan_or_why_not(run: Run) -> str:
+    """The plan of a run as text, or in one line why there is none."""
+    try:
+        return table(make_plan(run))
+    # Whatever a model does that cannot be counted without values: what is told besides is worth reading.
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        return f"memory: cannot be told beforehand: {type(error).__name__}: {first}"
 
 
 def _head(plan: Plan) -> Iterator[str]:
     setting = plan.setting
+    where = "on one device" if setting.processes == 1 else f"on each of {setting.processes} devices"
+    shared = ", which share the weights" if setting.shares else ""
     yield plan.title
-    yield f"blocks: {plan.selection}"
-    spread = "" if setting.processes == 1 else f" on each of {setting.processes} devices"
-    shared = ", weights shared among them" if setting.sharded and setting.processes > 1 else ""
-    yield f"memory{spread}{shared}; lines of one step are not all there at the same moment, the peak is"
+    yield from _wrapped(f"blocks: {plan.selection}")
+    yield from _wrapped(
+        f"memory {where}{shared}; lines do not add up to a peak, as they are not all there at one moment, and "
+        "temporaries are"
+    )
 
 
 def _columns(plan: Plan) -> list[str]:
     methods = plan.methods
     rows: list[tuple[str, Sequence[str]]] = [("", [each.method for each in methods])]
-    rows.append(("trained parameters", [f"{each.trainable:,}" for each in methods]))
+    rows.append(("trained parameters", [_millions(each.trainable) for each in methods]))
     for kind in dict.fromkeys(kind for each in methods for kind in each.state.weights):
         rows.append((f"weights, {kind}", [shown(each.state.weights.get(kind, 0)) for each in methods]))
     for name, of in _lines():
@@ -66,7 +87,7 @@ def _columns(plan: Plan) -> list[str]:
         rows.append((f"{word} checkpointing: saved", [_if(size) for size in saved]))
         rows.append((f"{word} checkpointing: peak", [_if(size) for size in peaks]))
     if plan.score:
-        rows.append((f"peak of the warm-up, {plan.score}", [shown(plan.warm_up), *["-"] * (len(methods) - 1)]))
+        rows.append(("peak of choosing blocks", [shown(plan.warm_up), *["-"] * (len(methods) - 1)]))
     left = max(len(name) for name, _ in rows)
     widths = [max(len(cells[column]) for _, cells in rows) for column in range(len(methods))]
     return [
@@ -76,21 +97,18 @@ def _columns(plan: Plan) -> list[str]:
 
 
 def _lines() -> Iterator[tuple[str, Callable[[Memory], int]]]:
-    def of_state(name: str) -> Callable[[Memory], int]:
-        return lambda memory: getattr(_state(memory), name)
-
-    yield "trained, beside the weights", of_state("trained")
-    yield "tables of the blocks", of_state("tables")
-    yield "optimizer state", of_state("moments")
+    yield "trained, beside the weights", lambda memory: memory.state.trained
+    yield "tables of the blocks", lambda memory: memory.state.tables
+    yield "optimizer state", lambda memory: memory.state.moments
     yield "gradients", lambda memory: memory.gradients
     yield "saved for backward", lambda memory: memory.step.saved
     yield "logits and loss, at most", lambda memory: memory.step.head
     yield "gathered and exchanged", lambda memory: memory.gathered
-    yield "CUDA context, assumed", lambda memory: runtime(memory.setting)
+    yield "CUDA context, assumed", lambda memory: memory.setting.runtime
 
 
-def _state(memory: Memory) -> State:
-    return memory.state
+def _millions(number: int) -> str:
+    return f"{number / 10**6:,.1f} M" if number >= 10**5 else f"{number:,}"
 
 
 def _if(size: int | None) -> str:
@@ -98,18 +116,38 @@ def _if(size: int | None) -> str:
 
 
 def _verdict(plan: Plan) -> Iterator[str]:
+    choosing = f"choosing the blocks by {plan.score}" if plan.warm_up > plan.smt.peak() else "a training step"
     if plan.limit is None:
-        yield f"SMT takes {shown(plan.peak)}; name the memory there is (--memory 24GiB) to learn whether that fits"
+        yield f"SMT takes {shown(plan.peak)}, in {choosing}"
+        yield "add --memory 24GiB (what a device has) to learn whether that fits"
         return
     if plan.fits:
-        yield f"fits: {shown(plan.peak)} of {shown(plan.limit)}"
+        yield f"fits: {shown(plan.peak)} of {shown(plan.limit)}, in {choosing}"
         return
-    guilty = "choosing the blocks" if plan.warm_up > plan.smt.peak() else "a step"
-    yield f"does not fit: {guilty} takes {shown(plan.peak)} of {shown(plan.limit)}"
+    yield f"does not fit: {choosing} takes {shown(plan.peak)} of {shown(plan.limit)}"
+    if not plan.changes:
+        yield "nothing in this run could be changed to take less"
+        return
+    if plan.changes[0].peak > plan.limit:
+        yield "nor does anything that could be changed; all of it together comes to:"
+    else:
+        yield "what would, the cheapest first; add the keys of one line to the run:"
     for change in plan.changes:
-        fits = "fits" if change.peak <= plan.limit else "still too much"
-        yield f"  {change.keys}: {shown(change.peak)}, {fits}; costs {change.cost}"
+        yield from _wrapped(f"{shown(change.peak)} with {change.keys}", "  ")
+        yield from _wrapped(f"costs {change.cost}", "      ")
 
 
 def _assumptions(plan: Plan) -> Iterator[str]:
-    yield from (f"assumed: {line}" for line in plan.assumed)
+    for line in plan.assumed:
+        yield from _wrapped(f"assumed: {line}")
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return wrap(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from ..blocks import BlockSelection
 from .places import Place, places
+from .shade import coarse, shade
 
-MAX_PANELS, MAX_CELLS, MAX_LABELLED_CELLS = 8, 160, 200
+MAX_PANELS, MAX_LABELLED_CELLS = 8, 200
 # Distinct for every common form of colour blindness, and in grey.
 CHOSEN, GRID_LINE, INK = "#D55E00", "#FFFFFF", "#222222"
 BACKGROUND = "Greys"
@@ -119,8 +120,8 @@ def _grid(ax, selection: BlockSelection, place: Place) -> None:
     extent = (0, grid.cols, grid.rows, 0)
     score = selection.scores.get(place.name)
     if score is not None and bool((score > 0).any()):
-        ax.imshow(_shade(score), cmap=BACKGROUND, vmin=0, vmax=1.6, extent=extent, interpolation="nearest")
-    cells = _coarse(mask).numpy()
+        ax.imshow(shade(score), cmap=BACKGROUND, vmin=0, vmax=1.6, extent=extent, interpolation="nearest")
+    cells = coarse(mask).numpy()
     ax.imshow(np.ma.masked_equal(cells, 0), cmap=ListedColormap([CHOSEN]), extent=extent, interpolation="nearest")
     ax.set_title(f"layer {place.layer}, {place.kind}" if place.layer is not None else place.kind, fontsize=9, color=INK)
     ax.set_xlabel(f"input, {grid.cols}", fontsize=8)
@@ -128,16 +129,3 @@ def _grid(ax, selection: BlockSelection, place: Place) -> None:
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_color("#999999")
-
-
-def _shade(score: torch.Tensor) -> np.ndarray:
-    """Log scores from 0 (lowest) to 1 (highest)."""
-    logs = _coarse(score.float().cpu()).clamp_min(1e-30).log()
-    low, high = torch.quantile(logs, 0.02), logs.max()
-    return ((logs - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).numpy()
-
-
-def _coarse(values: torch.Tensor) -> torch.Tensor:
-    """At most `MAX_CELLS` a side, each the largest value it stands for, so that no chosen block vanishes."""
-    sides = [min(side, MAX_CELLS) for side in values.shape]
-    return torch.nn.functional.adaptive_max_pool2d(values[None].float(), sides)[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..blocks import BlockSelection
 from .places import Place, places
+from .words import percent
 
 
 def report(metrics: Mapping[str, Any], selection: BlockSelection) -> str:
@@ -14,7 +15,7 @@ def report(metrics: Mapping[str, Any], selection: BlockSelection) -> str:
 
     Args:
         metrics: as in `metrics.json`: `before`, `after`, optionally `lora`, `trainable_parameters`, and
-            optionally `seconds`, by part of the run.
+            optionally `effective_update`, and `seconds`, by part of the run.
         selection: the chosen blocks.
     """
     parts = ["## Result", results(metrics)]
@@ -31,6 +32,8 @@ def report(metrics: Mapping[str, Any], selection: BlockSelection) -> str:
 def results(metrics: Mapping[str, Any]) -> str:
     """One row per model: the base, the base with chosen blocks trained, the base with LoRA."""
     trainable = {"trainable_parameters": metrics["trainable_parameters"]}
+    if "share" in metrics.get("effective_update", {}):
+        trainable["effective_update"] = percent(metrics["effective_update"]["share"])
     rows = {"before": metrics["before"], "SMT": {**trainable, **metrics["after"]}}
     if "lora" in metrics:
         rows[f"LoRA, rank {metrics['lora']['rank']}"] = metrics["lora"]
@@ -42,6 +45,7 @@ def results(metrics: Mapping[str, Any]) -> str:
         "reward_margin": ("reward margin", "{:.4f}"),
         "eval_loss": ("eval loss", "{:.4f}"),
         "trainable_parameters": ("trainable parameters", "{:,}"),
+        "effective_update": ("of them changed", "{}"),
         "seconds": ("training seconds", "{:.0f}"),
     }
     shown = [key for key in columns if any(key in row for row in rows.values())]

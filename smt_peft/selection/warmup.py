@@ -68,7 +68,7 @@ def select_blocks(
         loss_fn: `(model, batch) -> scalar`, instead of the above.
         accumulator_device: where `grad_sum_abs` keeps its dense sums; None keeps them with the weights.
         keep_scores: whether the selection carries the scores.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar, where there is a terminal.
 
     Raises:
         TypeError: the dataloader is not iterable, or a batch is of an unknown kind.
@@ -128,7 +128,7 @@ def _warm_up(
                 total=_length(dataloader, num_batches),
                 leave=False,
                 desc="scoring blocks",
-                disable=not progress,
+                disable=not progress or None,  # None: unless on a terminal
             ) as batches,
         ):
             _run(base, _in_step(batches) if in_step else batches, taps, loss_fn, seen)

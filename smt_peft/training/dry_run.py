@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from datasets import IterableDataset
@@ -23,8 +23,12 @@ from .tell import tell
 FIRST_ROWS = 64
 
 
-def dry_run(run: Run) -> None:
-    """Print the settings, the data set, the targets and one sample.
+def dry_run(run: Run, planned: Callable[[Run], str] | None = None) -> None:
+    """Print the settings, the data set, the targets, the memory and one sample.
+
+    Args:
+        run: from `schema.load_run`.
+        planned: says what memory a run takes; a function, as the room that knows it stands above this one.
 
     Raises:
         ConfigError: what `train` would refuse as well, as far as it shows without weights.
@@ -37,6 +41,8 @@ def dry_run(run: Run) -> None:
     data = task.load_data(run, tokenizer)
     model = task.weightless(run, data)
     tell(_targets(run, model))
+    if planned is not None:
+        tell("\n" + planned(run) + "\n")
     tell(task.sample(_tokenised(run, model, tokenizer, data), tokenizer))
 
 

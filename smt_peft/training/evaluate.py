@@ -65,7 +65,7 @@ def completions(
         batch_size: prompts completed at once.
         num_beams: beams of the search; 1 is greedy.
         special_tokens: whether the tokenizer puts its own around a prompt.
-        label: what the progress bar says; None shows none.
+        label: what the progress bar says, on a terminal; None shows none.
     """
     # Prompts of like length share a batch, so that little of it is padding; the longest first, so that memory that does
     # not suffice runs out early.
@@ -75,7 +75,7 @@ def completions(
     tokenizer.padding_side = "left"
     found = [""] * len(prompts)
     try:
-        for start in tqdm(range(0, len(order), batch_size), desc=label, leave=False, disable=label is None):
+        for start in tqdm(range(0, len(order), batch_size), desc=label, leave=False, disable=label is None or None):
             chosen = order[start : start + batch_size]
             batch = tokenizer(
                 [prompts[i] for i in chosen],

@@ -5,45 +5,57 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from peft import get_peft_model_state_dict
-from transformers.trainer_utils import get_last_checkpoint
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
+from ..report.files import METRICS, RUN, SELECTION, UNFINISHED
+from .checkpoints import is_whole, last_checkpoint, read_state, sync
 from .errors import ConfigError
 from .keys import RunConfig
 from .schema import Run
 from .tell import tell
 
-RUN, METRICS, SELECTION = "run.yaml", "metrics.json", "selection.safetensors"
-# The numbers of a run that is trained and saved, until verification and comparison are through as well.
-UNFINISHED = "metrics_unfinished.json"
 REPORT, PICTURE = "report.md", "blocks.png"
 # The names of the classes of a classifier by their numbers, which no adapter holds.
 LABELS = "labels.json"
+# The checkpoints of the LoRA that a run is compared with, until it is.
+LORA = "lora"
 _FOREIGN = re.compile(r"checkpoint-\d+|adapter_.*|config\.json|.*\.(safetensors|bin|pt)")
 _RESUME = "resume_from_checkpoint"
 
 
-def check_output_dir(run: Run) -> str | None:
+class Earlier(NamedTuple):
+    """What is there of a run that was stopped: the checkpoint to go on from, and the blocks it has chosen."""
+
+    checkpoint: str | None = None
+    selection: Path | None = None
+
+
+def check_output_dir(run: Run) -> Earlier:
     """Refuse an output directory that holds another run, before anything is written.
 
     Returns:
-        The checkpoint to resume from, or None to start anew.
+        What a run with the same settings has left there; the checkpoint of one that was trained to its end, and saved,
+        is the directory itself.
 
     Raises:
         ConfigError: names the key and the repair.
     """
     directory = Path(run.trainer.output_dir)
-    wanted = run.resolved.get(_RESUME) or None
+    wanted = run.resolved.get(_RESUME)
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"output_dir: {directory} is a file; name a directory")
     earlier = _read_run(directory / RUN)
     if wanted:
-        return _checkpoint(directory, wanted, earlier, run)
+        return Earlier(_checkpoint(directory, wanted, earlier, run), directory / SELECTION)
     if earlier is None:
         foreign = sorted(
             path.name for path in directory.glob("*") if _FOREIGN.fullmatch(path.name) and path.name != SELECTION
@@ -53,7 +65,7 @@ def check_output_dir(run: Run) -> str | None:
                 f"output_dir: {directory} holds {foreign[0]} but no {RUN}, so it belongs to something "
                 "else; choose another output_dir"
             )
-        return None
+        return Earlier()
     changed = _differences(earlier, run.resolved)
     if changed:
         raise ConfigError(
@@ -65,25 +77,44 @@ def check_output_dir(run: Run) -> str | None:
             f"output_dir: {directory} holds this very run, finished; choose another output_dir, or "
             "delete that run to repeat it"
         )
-    checkpoint = get_last_checkpoint(directory)
-    if (directory / UNFINISHED).exists():
-        again = f"; repeat them with {_RESUME}=true, or" if checkpoint else "; choose another output_dir, or"
+    # The selection is saved before the settings are.
+    selection = directory / SELECTION if (directory / SELECTION).is_file() else None
+    checkpoint = _end_or_last(run, directory) if selection else None
+    if checkpoint and wanted is False:
         raise ConfigError(
-            f"output_dir: {directory} holds this run, trained and saved, but its verification or comparison failed or "
-            f"was stopped ({UNFINISHED} has the numbers so far){again} delete that run to start anew"
+            f"{_RESUME}: {directory} holds this run, stopped half way; leave the key out to go on, or delete "
+            "the directory to start anew"
         )
     if checkpoint:
-        raise ConfigError(
-            f"output_dir: {directory} holds this run, stopped half way; go on with "
-            f"{_RESUME}=true, or delete it to start anew"
-        )
-    return None
+        tell(f"going on from {checkpoint}")
+    return Earlier(checkpoint, selection)
+
+
+def _end_or_last(run: Run, directory: Path) -> str | None:
+    """The directory itself, if the adapter in it is the trained one, or else its last whole checkpoint."""
+    if is_saved(run, directory):
+        return str(directory)
+    found = last_checkpoint(directory)
+    return None if found is None else str(found)
+
+
+def is_saved(run: Run, directory: Path) -> bool:
+    """Whether the adapter that lies in the directory is the trained one."""
+    return (directory / SAFETENSORS_WEIGHTS_NAME).is_file() and is_trained(run, read_state(directory))
+
+
+def is_trained(run: Run, state: Mapping[str, Any]) -> bool:
+    """Whether a trainer's state is one that has come to the end of the run."""
+    if run.trainer.max_steps > 0:
+        return state.get("global_step", 0) >= run.trainer.max_steps
+    return (state.get("epoch") or 0) >= run.trainer.num_train_epochs
 
 
 def _checkpoint(directory: Path, wanted: bool | str, earlier: dict | None, run: Run) -> str:
     found = wanted
     if wanted is True:
-        found = get_last_checkpoint(directory) if directory.is_dir() else None
+        same = earlier is not None and not _differences(earlier, run.resolved)
+        found = _end_or_last(run, directory) if same else last_checkpoint(directory)
     if found is None:
         raise ConfigError(
             f"{_RESUME}: there is no checkpoint in {directory}; leave the key out to start anew (and set "
@@ -91,6 +122,8 @@ def _checkpoint(directory: Path, wanted: bool | str, earlier: dict | None, run: 
         )
     if not Path(found).is_dir():
         raise ConfigError(f"{_RESUME}: there is no checkpoint at {found}; say true for the last one in output_dir")
+    if Path(found) != directory and not is_whole(Path(found)):
+        raise ConfigError(f"{_RESUME}: {found} is not whole, a save or a copy was stopped half way; name another one")
     if not (directory / SELECTION).is_file():
         raise ConfigError(
             f"{_RESUME}: {directory} has no {SELECTION}, which says what the checkpoint's weights are; "
@@ -134,6 +167,7 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     aside.write_text(text, encoding="utf-8")
+    sync(aside)
     aside.replace(path)
 
 
@@ -143,6 +177,9 @@ def write_run(run: Run) -> None:
     if (directory / METRICS).exists():
         (directory / METRICS).replace(directory / UNFINISHED)
     settings = {key: value for key, value in run.resolved.items() if key != _RESUME}
+    if _read_run(directory / RUN) not in (None, settings):
+        # A comparison begun with other settings is none with this run.
+        shutil.rmtree(directory / LORA, ignore_errors=True)
     write_text(directory / RUN, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
@@ -157,16 +194,8 @@ def write_labels(directory: Path, labels: Mapping[int, str]) -> None:
     write_text(directory / LABELS, json.dumps(labels, indent=2, ensure_ascii=False) + "\n")
 
 
-def trained_seconds(directory: Path) -> float:
-    """How long the training of an unfinished run took; 0 where that is not known."""
-    try:
-        return float(json.loads((directory / UNFINISHED).read_text(encoding="utf-8"))["after"]["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0
-
-
-def save_adapter(model, tokenizer, directory: Path, first: bool) -> None:
-    """Save adapter and tokenizer aside, then move each file into `directory`.
+def save_adapter(model, tokenizer, state: TrainerState, directory: Path, first: bool) -> None:
+    """Save adapter, tokenizer and the trainer's state aside, then move each file into `directory`, the state last.
 
     Of a sharded model every process must call this; the `first` writes, and the others take part in the gathering.
     """
@@ -175,8 +204,11 @@ def save_adapter(model, tokenizer, directory: Path, first: bool) -> None:
             get_peft_model_state_dict(model, adapter_name=name)
         return
     aside = directory / "adapter.part"
+    shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    for file in sorted(aside.iterdir()):
+    state.save_to_json(str(aside / TRAINER_STATE_NAME))
+    for file in sorted(aside.iterdir(), key=lambda file: (file.name == TRAINER_STATE_NAME, file.name)):
+        sync(file)
         os.replace(file, directory / file.name)
     aside.rmdir()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import platform
+import shutil
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -20,17 +23,21 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .. import ops
 from ..blocks import BlockSelection
 from ..optim import SMTAdamW
+from ..report.html import HTML, write_report
 from ..report.picture import draw_selection
+from ..report.series import tokens_per_second
 from ..report.table import report
 from ..selection import select_blocks
 from ..tuner.delta import SMTBlocks
-from . import outputs
+from . import checkpoints, outputs
 from .compare import lora_config
 from .errors import ConfigError
 from .keys import AUTO
 from .launched import all_or_none, forget_engine, wait_for_everyone, whole_or_gathering
+from .measures import Measures, command, kept, measure_effective_update
 from .model import checkpointed
 from .schema import Run
+from .stops import explained
 from .tasks.table import task_of
 from .tasks.task import Prepared
 from .tell import tell
@@ -39,12 +46,19 @@ from .verify import verify_saved
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
-def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+@explained
+def train(
+    run: Run,
+    callbacks: Sequence[TrainerCallback] = (),
+    plan: Callable[[Run], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Select, train, evaluate, save and verify.
 
     Args:
         run: from `schema.load_run`.
         callbacks: further callbacks of the trainer.
+        plan: `plan.record.record`, for the report to set what was measured against what was planned; called when all
+            else is done.
 
     Returns:
         The metrics, as written to `metrics.json`.
@@ -52,22 +66,26 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
     Raises:
         ConfigError: the output directory, the model, the data or the `smt:` block cannot be used.
         VerificationError: what was saved is not what was trained.
+        StoppedError, Interrupted: see `stops.explained`; the same run started again goes on where it was stopped.
     """
     clock = _Clock()
-    checkpoint = outputs.check_output_dir(run)
+    earlier = outputs.check_output_dir(run)
     wait_for_everyone(run.trainer)
     directory = Path(run.trainer.output_dir)
+    if run.trainer.process_index == 0:
+        checkpoints.clean(directory)
     prepared = prepare(run)
     clock.lap("loading")
-    selection = choose(run, prepared, directory / outputs.SELECTION if checkpoint else None)
+    selection = choose(run, prepared, earlier.selection)
     clock.lap("selection")
-    trainer = make_trainer(run, prepared, _smt_config(run, selection), callbacks)
+    measures = Measures()
+    trainer = make_trainer(run, prepared, _smt_config(run, selection), [*callbacks, measures])
     main = trainer.is_world_process_zero()
     if main:
-        outputs.write_run(run)
         selection.save(directory / outputs.SELECTION)
+        outputs.write_run(run)
     before = measure(run, prepared, trainer, "before")
-    seconds = fit(run, trainer, checkpoint)
+    seconds = fit(run, trainer, earlier.checkpoint)
     after = measure(run, prepared, trainer, "after")
     # Of the tuner, not of PeftModel: that one counts the padding of ragged blocks.
     trainable, _ = trainer.model.base_model.get_nb_trainable_parameters()
@@ -76,10 +94,13 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
         "after": {**after, "seconds": seconds},
         "trainable_parameters": trainable,
         "seconds": clock.laps | {"training": seconds},
+        "effective_update": measure_effective_update(trainer.model),
+        "memory": measures.memory or kept(directory / outputs.UNFINISHED, "memory") or {},
+        "tokens_per_second": tokens_per_second(trainer.state.log_history),
         **_circumstances(trainer),
         "log_history": trainer.state.log_history,
     }
-    outputs.save_adapter(trainer.model, prepared.tokenizer, directory, first=main)
+    outputs.save_adapter(trainer.model, prepared.tokenizer, trainer.state, directory, first=main)
     if main:
         if run.smt.task_type == "SEQ_CLS":
             outputs.write_labels(directory, prepared.model.config.id2label)
@@ -88,28 +109,35 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]
         metrics["verified"] = _verify(run, prepared, trainer, directory)
         if main:
             outputs.write_metrics(directory, metrics, finished=False)
+    # Under DeepSpeed a model on the meta device would wait for the other processes.
+    plannable = plan is not None and main and not trainer.is_deepspeed_enabled
     del trainer
     if run.config.compare_lora:
         metrics["lora"] = compare_lora(run, prepared, selection)
     metrics["seconds"]["total"] = clock.total()
+    if plannable:
+        metrics["plan"] = plan(run)
     if main:
         _finish(directory, selection, metrics)
     return metrics
 
 
+@explained
 def select(run: Run) -> BlockSelection:
     """Choose blocks and save them as `selection.safetensors` in the output directory.
 
     Raises:
         ConfigError: as `train`.
     """
-    outputs.check_output_dir(run)
+    if outputs.check_output_dir(run).checkpoint:
+        raise ConfigError(f"output_dir: {run.trainer.output_dir} holds a run that uses its selection; choose another")
     wait_for_everyone(run.trainer)
     selection = choose(run, prepare(run), None)
     file = Path(run.trainer.output_dir) / outputs.SELECTION
     if run.trainer.process_index == 0:
         selection.save(file)
-        tell(f"wrote {file}; train with it: smt.selection={file}")
+        report_file = write_report(file.parent)
+        tell(f"wrote {file}, drawn in {report_file}; train with it: smt.selection={file}")
     return selection
 
 
@@ -150,6 +178,7 @@ def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
             )
     except RuntimeError as error:
         raise ConfigError(f"choosing blocks on the training set: {error}") from error
+    selection.provenance["model_name_or_path"] = run.config.model_name_or_path
     # Accelerate believes a loader that was left half way to be in use still.
     loader.end()
     return selection
@@ -167,6 +196,7 @@ def make_trainer(
         trainer = task_of(run).trainer(prepared, args, config, callbacks)
     # None: the one that `args.optim` names. Not every trainer takes it when it is built.
     trainer.optimizer_cls_and_kwargs = _optimizer(run, args)
+    trainer.witness = Path(run.trainer.output_dir) / outputs.RUN
     for module in trainer.model.modules():
         if isinstance(module, SMTBlocks) and module.weight.requires_grad:
             # On a quantised base TRL has cast them to bf16, in which small steps from a grown delta are lost.
@@ -176,18 +206,17 @@ def make_trainer(
 
 def fit(run: Run, trainer: Trainer, checkpoint: str | None = None) -> float:
     """Train; returns the seconds it took. From a checkpoint of the last step there is nothing left to train."""
-    if checkpoint is not None and _is_last(run, state := _state_of(checkpoint)):
+    if checkpoint is not None and outputs.is_trained(run, vars(state := _state_of(checkpoint))):
         # The trainer itself would make one step more.
         set_peft_model_state_dict(trainer.model, load_peft_weights(checkpoint, device=str(trainer.args.device)))
-        trainer.state.log_history = state.log_history
+        trainer.end_as(state)
         tell(f"{checkpoint} is the end of the training; its weights are taken as they are")
-        return outputs.trained_seconds(Path(run.trainer.output_dir))
+        return trainer.seconds
     # Again, so that neither the warm-up nor an evaluation before the training changes the order of its rows: a resumed
     # run and one with a selection file draw the same.
     set_seed(run.trainer.seed)
-    start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
-    return round(time.perf_counter() - start, 1)
+    return trainer.seconds
 
 
 def _state_of(checkpoint: str) -> TrainerState:
@@ -198,12 +227,6 @@ def _state_of(checkpoint: str) -> TrainerState:
             f"resume_from_checkpoint: {checkpoint} has no readable {TRAINER_STATE_NAME} ({error}); name another "
             "checkpoint"
         ) from error
-
-
-def _is_last(run: Run, state: TrainerState) -> bool:
-    if run.trainer.max_steps > 0:
-        return state.global_step >= run.trainer.max_steps
-    return state.epoch is not None and state.epoch >= run.trainer.num_train_epochs
 
 
 def measure(run: Run, prepared: Prepared, trainer: Trainer, label: str) -> dict[str, float]:
@@ -224,10 +247,13 @@ def compare_lora(run: Run, prepared: Prepared, selection: BlockSelection) -> dic
     rate = run.config.compare_lora_learning_rate or run.trainer.learning_rate
     set_seed(run.trainer.seed)
     prepared.model = task_of(run).load_model(run, prepared.data, run.trainer.device)
-    trainer = make_trainer(run, prepared, config, learning_rate=rate, save_strategy="no")
+    directory = Path(run.trainer.output_dir) / outputs.LORA
+    checkpoint = checkpoints.last_checkpoint(directory)
+    checkpoints.clean(directory)
+    trainer = make_trainer(run, prepared, config, learning_rate=rate, output_dir=str(directory))
     trainable, _ = trainer.model.get_nb_trainable_parameters()
     tell(f"LoRA to compare with: rank {config.r}, {trainable:,} trainable weights, learning rate {rate:g}")
-    seconds = fit(run, trainer)
+    seconds = fit(run, trainer, checkpoint and str(checkpoint))
     return {
         **measure(run, prepared, trainer, "LoRA"),
         "seconds": seconds,
@@ -272,10 +298,17 @@ def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any])
     outputs.write_text(directory / outputs.REPORT, text)
     draw_selection(selection, directory / outputs.PICTURE)
     outputs.write_metrics(directory, metrics, finished=True)
+    # Served for nothing but to go on with the comparison.
+    shutil.rmtree(directory / outputs.LORA, ignore_errors=True)
+    try:
+        write_report(directory)
+    except Exception as error:
+        # The run is finished and saved; its page can be made from its files at any time.
+        tell(f"{HTML} could not be made ({type(error).__name__}: {error}); try again: smt report {directory}")
     tell("\n" + text)
     tell(
         f"saved in {directory}: adapter, {outputs.SELECTION}, {outputs.RUN}, {outputs.METRICS}, {outputs.REPORT}, "
-        f"{outputs.PICTURE}"
+        f"{outputs.PICTURE}, {HTML}"
     )
 
 
@@ -283,6 +316,8 @@ def _circumstances(trainer: Trainer) -> dict[str, Any]:
     device = trainer.args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
+        "command": command(sys.argv),
+        "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": f"{device.type} ({name})",
         "engine": trainer.accelerator.distributed_type.value,
         "processes": trainer.accelerator.num_processes,

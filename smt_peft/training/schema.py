@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -150,7 +151,10 @@ def _owner(task: str) -> str:
 def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """TRL trains in bf16 by default, which a CPU refuses unless told `use_cpu`."""
     cuda = torch.cuda.is_available() and not given.get("use_cpu")
-    values = {"dataloader_pin_memory": cuda, **given}
+    # Without the filter a loss that is not finite stops the run; with it the host waits for the device at every loss.
+    # A bar that is drawn again and again is for a terminal; a file gets a line per log.
+    quiet = {"logging_nan_inf_filter": False} | ({} if sys.stderr.isatty() else {"disable_tqdm": True})
+    values = {"dataloader_pin_memory": cuda, **quiet, **given}
     if given.get("bf16") is None and not given.get("fp16"):
         values["bf16"] = cuda
     if (values.get("bf16") or values.get("fp16")) and not cuda:

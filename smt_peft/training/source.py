@@ -63,7 +63,7 @@ class Source:
     """
 
     def __init__(self, path: str, lines: Mapping[str, int], overrides: Sequence[str] = ()):
-        self.path, self.lines = path, lines
+        self.path, self.lines, self.overrides = path, lines, tuple(overrides)
         self.overridden = {override.split("=", 1)[0] for override in overrides}
         self.written_as: dict[str, str] = {}
 

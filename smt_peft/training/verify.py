@@ -19,13 +19,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..bases.packed import quantization_of
 from ..blocks import BlockLayout, BlockSelection
+from ..export.adapter import SavedAdapter
 from ..export.dequantised import dequantise_, quantization_config, round_to
+from ..export.edits import target_of
 from ..tuner.quantised import QuantisedLinear
 from .errors import VerificationError
 from .model import Head, load_model
@@ -43,17 +45,41 @@ def verify_saved(
     model: nn.Module,
     sequences: Sequence[Sequence[int]],
     base: str,
-    selection: Path,
+    selection: Path | None,
     directory: Path,
     first: bool = True,
 ) -> dict[str, Any]:
     """Compare the adapter saved in `directory` with the `PeftModel` it was saved from; prints one line per check.
 
+    Args and returns as `compare_saved`.
+
+    Raises:
+        VerificationError: a check failed, or the fresh process did.
+    """
+    result = compare_saved(model, sequences, base, selection, directory, first)
+    for line in describe(result) if first else ():
+        tell(line)
+    failed = [name for name, passed in result["passed"].items() if not passed] if first else []
+    if failed:
+        raise VerificationError(f"verification failed: {', '.join(failed)}; do not use the files in {directory}")
+    return result
+
+
+def compare_saved(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    base: str,
+    selection: Path | None,
+    directory: Path,
+    first: bool = True,
+) -> dict[str, Any]:
+    """Measure how the adapter saved in `directory` differs from the `PeftModel` it was saved from.
+
     Args:
         model: the trained model, in memory.
         sequences: token ids of a few texts, at least one.
         base: name or directory of the base model.
-        selection: the selection file of the run.
+        selection: the selection file of the run; None for an adapter whose run is not at hand.
         directory: where the adapter lies.
         first: whether this is the process that compares; the others run the model with it, which may be sharded.
 
@@ -61,7 +87,7 @@ def verify_saved(
         The measured numbers, for the metrics; nothing in other processes than the first.
 
     Raises:
-        VerificationError: a check failed, or the fresh process did.
+        VerificationError: the fresh process failed.
     """
     inner = model.get_base_model()
     # A head of classes over a decoder reads the last token that is no padding.
@@ -78,7 +104,7 @@ def verify_saved(
         "device": str(inner.device),
         "threads": torch.get_num_threads(),
         "precision": torch.get_float32_matmul_precision(),
-        "selection": str(selection),
+        "selection": None if selection is None else str(selection),
         "adapter": str(directory),
     }
     training = model.training
@@ -102,13 +128,7 @@ def verify_saved(
             "the saved adapter could not be read back in a fresh process:\n"
             + "\n".join(done.stderr.strip().splitlines()[-15:])
         )
-    result = json.loads(done.stdout.splitlines()[-1])
-    for line in describe(result):
-        tell(line)
-    failed = [name for name, passed in result["passed"].items() if not passed]
-    if failed:
-        raise VerificationError(f"verification failed: {', '.join(failed)}; do not use the files in {directory}")
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def describe(result: dict[str, Any]) -> list[str]:
@@ -117,7 +137,8 @@ def describe(result: dict[str, Any]) -> list[str]:
     return [
         f"{passed['reload']}: read back in a fresh process, logits of {result['rows']} rows equal those in memory "
         f"(largest difference {result['reload_difference']:g})",
-        f"{passed['blocks']}: the {result['blocks']:,} blocks of the adapter are those of the selection file",
+        f"{passed['blocks']}: the {result['blocks']:,} blocks of the adapter are "
+        + ("those of the selection file" if result["selected"] else "sorted, unique and within their weights"),
         f"{passed['weights']}: merged weights are base + delta, rounded once, in those blocks; the other "
         f"{result['untouched_weights']:,} weights equal the base bit for bit",
         f"{passed['merged']}: merged logits differ from the adapter's by {result['merged_difference']:.2g} at most "
@@ -139,6 +160,14 @@ def _logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return (logits if logits.ndim == 2 else logits[mask.bool()]).contiguous()
 
 
+def largest_move(plain: nn.Module, adapted: nn.Module, sequences: Sequence[Sequence[int]]) -> float:
+    """How far the logits of a merged model lie from those of the `PeftModel` it was merged from, at most."""
+    ids, mask = _pad([list(ids) for ids in sequences])
+    inner = adapted.get_base_model()
+    expected = _by_overlay(adapted, ids, mask) if quantization_of(inner) else _logits(inner, ids, mask)
+    return (_logits(plain, ids, mask).double() - expected.double()).abs().max().item()
+
+
 def _environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER)}
     return {**kept, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
@@ -152,8 +181,7 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
     model = PeftModel.from_pretrained(base, settings["adapter"]).eval()
     ids, mask, expected = probe["input_ids"], probe["attention_mask"], probe["logits"]
     own = _logits(base, ids, mask)
-    selection = BlockSelection.load(settings["selection"])
-    layouts, deltas, in_full = _read_adapter(Path(settings["adapter"]), selection)
+    selection = BlockSelection.load(settings["selection"]) if settings["selection"] else None
     dtype, unmerged = getattr(torch, settings["dtype"]), own
     before, plain = _load(settings, "cpu"), []
     if settings["quantization"]:
@@ -163,6 +191,8 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
         base = _load(settings, settings["device"])
         plain = dequantise_(base)
         model = PeftModel.from_pretrained(base, settings["adapter"]).eval()
+    # Of plain layers, whose weights have their shapes.
+    layouts, deltas, in_full = _read_adapter(Path(settings["adapter"]), selection, before)
     merged_model = model.merge_and_unload()
     weights_ok, untouched = _compare_weights(merged_model, before, layouts, deltas, in_full)
     round_to(plain, dtype)
@@ -179,6 +209,7 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
         "rows": len(ids),
         "reload_difference": (own.double() - expected.double()).abs().max().item(),
         "blocks": sum(map(len, layouts.values())),
+        "selected": selection is not None,
         "untouched_weights": untouched,
         "merged_difference": difference,
         "merged_tolerance": tolerance,
@@ -205,25 +236,22 @@ def _by_overlay(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _read_adapter(
-    directory: Path,
-    selection: BlockSelection,
+    directory: Path, selection: BlockSelection | None, base: nn.Module
 ) -> tuple[dict[str, BlockLayout], dict[str, Tensor], tuple[str, ...]]:
     """Layouts and deltas as the file holds them, none when its blocks are not those of the selection; and the names of
     tensors that are no blocks: of modules and token embeddings trained besides."""
-    tensors = load_file(directory / "adapter_model.safetensors")
-    prefix, suffix = "base_model.model.", ".smt_blocks.weight"
-    names = {key.removeprefix(prefix).removesuffix(suffix): key for key in tensors if key.endswith(suffix)}
-    indices = {name: tensors[key.removesuffix("weight") + "index"] for name, key in names.items()}
-    same = indices.keys() == selection.blocks.keys() and all(
-        torch.equal(index, selection.blocks[name]) for name, index in indices.items()
-    )
-    others = tuple(key.removeprefix(prefix) for key in tensors if ".smt_blocks." not in key)
-    if not same:
-        return {}, {}, others
-    return (
-        {name: selection.layout(name) for name in names},
-        {name: tensors[key] for name, key in names.items()},
-        others,
+    adapter = SavedAdapter.open(directory)
+    read = {name: adapter.blocks(name, target_of(base, name).shape) for name in adapter.modules}
+    layouts = {name: layout for name, (layout, _) in read.items()}
+    if selection is not None and not _same_blocks(layouts, selection):
+        return {}, {}, tuple(adapter.besides)
+    return layouts, {name: delta for name, (_, delta) in read.items()}, tuple(adapter.besides)
+
+
+def _same_blocks(layouts: dict[str, BlockLayout], selection: BlockSelection) -> bool:
+    return layouts.keys() == selection.blocks.keys() and all(
+        torch.equal(layout.blocks, selection.blocks[name]) and layout.grid == selection.grids[name]
+        for name, layout in layouts.items()
     )
 
 

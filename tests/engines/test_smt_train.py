@@ -101,6 +101,10 @@ def test_two_processes_end_as_one(workshop, alone, engine):
     assert saved.keys() == expected.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(saved[key], tensor, rtol=0, atol=1e-6 if tensor.is_floating_point() else 0)
+    # Counted over the whole of every module, also where a process holds a part of it.
+    assert ours["effective_update"]["entries"] == one["effective_update"]["entries"] == one["trainable_parameters"]
+    assert ours["effective_update"]["share"] == pytest.approx(one["effective_update"]["share"], abs=0.01)
+    assert (directory / "report.html").is_file()
     assert not list(directory.glob("*.part*"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import subprocess
 import sys
 import warnings
@@ -14,11 +15,14 @@ from helpers import Mlp, batch, layouts, tiny_gpt2, tiny_llama
 from hypothesis import given
 from peft import PeftModel, get_peft_model
 from peft import convert_to_lora as pefts_convert_to_lora
+from plain import run_plain, site_without
+from saved import save
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from smt_peft import SMTConfig
+from smt_peft.cli import main
 from smt_peft.export.lora import _cover, convert_to_lora, exact_ranks
 from smt_peft.tuner.layer import SMTLayer
 
@@ -211,3 +215,58 @@ def test_ranks_that_differ_are_read_as_they_are(tmp_path):
         layer = lora.get_submodule(name)
         assert layer.r["default"] == rank and layer.scaling["default"] == 1
         torch.testing.assert_close(layer.get_delta_weight("default"), products(form)[name])
+
+
+PLAIN = """
+import torch
+from peft import AutoPeftModelForCausalLM
+for name in ("exact", "half"):
+    model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1] + "/" + name).eval()
+    torch.save(model(input_ids=torch.load(sys.argv[1] + "/ids.pt")).logits.detach(), sys.argv[1] + f"/{name}.pt")
+"""
+WITHOUT_SMT = "import importlib.util as u; assert u.find_spec('smt_peft') is None and u.find_spec('peft')"
+
+
+def test_the_command_line_writes_what_an_environment_without_this_package_loads(tmp_path, capsys):
+    model = save(tmp_path, tiny_llama)
+    ids = batch()["input_ids"]
+    torch.save(ids, tmp_path / "ids.pt")
+    command = ["export", str(tmp_path / "adapter"), "--format", "lora"]
+    assert main([*command, str(tmp_path / "exact")]) == 0
+    told = capsys.readouterr().out
+    ranks = exact_ranks(model)
+    for name, rank in ranks.items():
+        assert re.search(rf"^{re.escape(name)} +rank +{rank}  energy 100\.00%$", told, re.MULTILINE)
+    assert f"rank {max(ranks.values())}, 100.00% kept" in told
+    assert main([*command, str(tmp_path / "half"), "--rank", "0.5", "--min-energy", "0.4"]) == 0
+    form = convert_to_lora(model, 0.5, min_energy=0.4)
+    told = capsys.readouterr().out
+    for name, share in form.energies.items():
+        assert re.search(rf"^{re.escape(name)} +rank +{form.ranks[name]}  energy {share:.2%}$", told, re.MULTILINE)
+    site = site_without(tmp_path, "peft")
+    done = run_plain(site, PLAIN, tmp_path, prelude=WITHOUT_SMT)
+    assert done.returncode == 0, done.stderr
+    expected = model(input_ids=ids).logits.detach()
+    error = (torch.load(tmp_path / "exact.pt") - expected).abs().max()
+    assert error <= 1e-5 * expected.abs().max()
+    # The half that is left out shows in the logits, and what was written is what was converted.
+    assert (torch.load(tmp_path / "half.pt") - expected).abs().max() > 100 * error
+    approximate = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "half")
+    torch.testing.assert_close(torch.load(tmp_path / "half.pt"), approximate.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rank", "best"], "rank must be 'exact', a positive int, or a float"),
+        (["--rank", "1", "--min-energy", "0.9"], "min_energy=0.9 asks for more"),
+        ([], "not empty; choose a new directory"),
+    ],
+)
+def test_an_export_that_fails_leaves_nothing(tmp_path, capsys, words, message):
+    save(tmp_path, tiny_llama)
+    out = tmp_path / ("lora" if words else "base")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    assert main(["export", str(tmp_path / "adapter"), str(out), "--format", "lora", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before

@@ -13,8 +13,9 @@ from benchmarks.cost.model import checkpointed, llama, random_batch
 from smt_peft.optim import SMTAdamW
 from smt_peft.plan.activations import step
 from smt_peft.plan.device import Device
+from smt_peft.plan.layers import Layers
 from smt_peft.plan.methods import assumed_selection, empty, full, smt
-from smt_peft.plan.state import optimizer, state_of, trained_parameters
+from smt_peft.plan.state import optimizer, state_of
 
 pytestmark = pytest.mark.gpu
 SIZE = (2, 1024)
@@ -57,7 +58,7 @@ def test_a_step_takes_what_was_planned(name, checkpointing):
 
     sized = without_values(name, lambda: build("meta"))
     own = optimizer(optim, "cuda")
-    taken = own.temporaries(trained_parameters(sized))
+    taken = own.temporaries(Layers().trained(sized))
     planned = step(sized, lambda: random_batch(sized, SIZE, False), Device("cuda"), temporaries=taken)
     truth = step_memory(lambda note: method.started(build, note), SIZE, "cuda")
     assert planned.gradients == pytest.approx(truth["gradient_bytes"], rel=0.01)

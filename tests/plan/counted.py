@@ -15,7 +15,8 @@ from benchmarks.cost.model import checkpointed, llama, random_batch
 from smt_peft.plan import methods
 from smt_peft.plan.activations import Step, step
 from smt_peft.plan.device import Device
-from smt_peft.plan.state import State, optimizer, state_of, trained_parameters
+from smt_peft.plan.layers import Layers
+from smt_peft.plan.state import State, optimizer, state_of
 
 SIZE = (2, 48)
 DENSITY, RANK = 0.03, 4
@@ -78,7 +79,7 @@ def counted(model: Model, method: str) -> tuple[State, Step]:
     """With `torch.optim.AdamW`, as the benchmark trains."""
     sized = without_values(model, method)
     own = optimizer("adamw_torch_fused" if model.device == "cuda" else "adamw_torch", model.device)
-    taken = own.temporaries(trained_parameters(sized))
+    taken = own.temporaries(Layers().trained(sized))
     state = state_of(sized, own)
     found = step(sized, lambda: random_batch(sized, SIZE, False), Device(model.device), temporaries=taken)
     return state, found

@@ -23,8 +23,9 @@ MEASURED: dict[str, Callable[[], Method]] = {
     "dora": lambda: methods.lora(RANK, use_dora=True),
     "full": methods.full,
 }
-# A decomposition takes workspace that PyTorch sees only with values.
-SCORES = [score for score in warmup.SCORES if score != "low_rank_magnitude"]
+# Scored by weights alone; with sides above 256, up to which LAPACK takes a copy that is not seen without values.
+BY_WEIGHTS = ("magnitude", "low_rank_magnitude")
+SCORES = [score for score in warmup.SCORES if score not in BY_WEIGHTS]
 # Kept on the CPU whatever the device: of a recomputed layer the state of the random generator, and of LoRA's scaling
 # the factor, a scalar of 8 bytes. The count is of what lies on the device.
 GENERATOR, FACTOR = torch.get_rng_state().nbytes, 8
@@ -82,3 +83,12 @@ def test_the_warm_up_pass_takes_what_is_counted(score):
         assert planned == 0
     else:
         assert planned == pytest.approx(span.peak - span.start, rel=0.1)
+
+
+@pytest.mark.parametrize("score", BY_WEIGHTS)
+def test_scoring_weights_takes_what_is_counted_with_the_scores_of_all_matrices(score):
+    case = Case(hidden=512, layers=2, tokens=64, density=0.02)
+    span = trace(lambda note: warmup.choose_traced(case, score, note))[-1]
+    model = empty(case.build)
+    planned = warm_up(model, warmup.config(case, score), lambda: random_batch(model, case.batch, False))
+    assert planned == pytest.approx(span.peak - span.start, rel=0.1)

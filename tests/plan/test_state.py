@@ -11,7 +11,7 @@ from smt_peft.plan.packed import Packing
 from smt_peft.plan.state import optimizer
 from smt_peft.training.schema import SMT_OPTIMIZERS
 
-SHAPES = [(6, 16, 16), (1, 8, 40)]
+SHAPES = [(6, 16, 16), (1, 8, 40), (24, 40), (24,)]
 
 
 def parameters() -> list[nn.Parameter]:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from smt_peft.blocks import BlockGrid, BlockSelection
-from smt_peft.report.picture import MAX_CELLS, draw_selection, selection_figure
+from smt_peft.report.picture import draw_selection, selection_figure
 from smt_peft.report.places import places
+from smt_peft.report.shade import MAX_CELLS
 from smt_peft.report.table import by_kind, by_layer, report, results, table
 
 
@@ -58,6 +59,8 @@ def test_results_show_only_what_was_measured():
     assert cells(results(metrics))[2:] == [["before", "2.0000", "-", "-"], ["SMT", "1.0000", "1,234", "3"]]
     metrics["lora"] = {"rank": 2, "eval_loss": 1.5, "trainable_parameters": 1200, "seconds": 4.0}
     assert cells(results(metrics))[4] == ["LoRA, rank 2", "1.5000", "1,200", "4"]
+    metrics["effective_update"] = {"share": 0.5}
+    assert [row[3] for row in cells(results(metrics))[2:]] == ["-", "50.0%", "-"]
 
 
 def test_columns_are_aligned(selection):

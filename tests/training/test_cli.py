@@ -14,7 +14,7 @@ from smt_peft import cli
 from smt_peft.training.errors import ConfigError
 
 # A new verb is a promise, as a new key is: tests/training/test_schema.py lists those.
-VERBS = {"train", "select", "plan", "schema", "merge", "bench", "env"}
+VERBS = {"train", "select", "plan", "schema", "report", "merge", "export", "patch", "verify", "bench", "env"}
 
 
 def test_the_verbs_are_these():
@@ -36,7 +36,7 @@ def test_settings_may_stand_anywhere_among_the_options(workshop, monkeypatch, wo
     path = str(workshop.write("anywhere"))
     runs = []
     for module, name in (("run", "train"), ("dry_run", "dry_run")):
-        monkeypatch.setattr(f"smt_peft.training.{module}.{name}", runs.append)
+        monkeypatch.setattr(f"smt_peft.training.{module}.{name}", lambda run, *_, **__: runs.append(run))
     assert cli.main(["train", *(path if word == "RUN" else word for word in words)]) == 0
     assert (runs[0].trainer.max_steps, runs[0].trainer.seed) == (3, 1)
 

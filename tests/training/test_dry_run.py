@@ -32,6 +32,7 @@ def test_it_tells_settings_data_targets_and_a_sample(workshop, capsys, plain):
     assert path.read_text().splitlines()[int(lines["density"].removeprefix("line ")) - 1].strip() == "density: 0.1"
     assert "train set: " in out and "prompt/completion, 48 rows" in out
     assert "smt: 14 matrices of 15,360 weights (q_proj 2, k_proj 2, " in out
+    assert out.index("smt: 14 matrices") < out.index("peak of a step") < out.index("one sample, ")
     assert (
         "one sample, 19 tokens, 6 of them learned; the others are inside [-  -]:\n[-upper: word0\n-]WORD0<eos>" in out
     )
@@ -50,6 +51,17 @@ def test_what_it_prints_of_the_settings_is_a_run(workshop, capsys, tmp_path, pla
     assert again.config == run.config
     ours, theirs = again.trainer.to_dict(), run.trainer.to_dict()
     assert {key for key in ours if ours[key] != theirs[key]} <= {"logging_dir"}
+
+
+def test_a_plan_that_cannot_be_made_does_not_fail_it(workshop, capsys, plain, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no shape for aten::unknown\nmore of it")
+
+    monkeypatch.setattr("smt_peft.plan.table.make_plan", fails)
+    assert cli.main(["train", "--dry-run", str(workshop.write("unplanned"))]) == 0
+    out = capsys.readouterr().out
+    assert "memory: cannot be told beforehand: RuntimeError: no shape for aten::unknown\n" in out
+    assert "one sample, " in out
 
 
 def test_it_reads_no_weights(workshop, capsys, tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smt_peft import BlockSelection, cli, select_blocks
+from smt_peft.report.html import HTML
 from smt_peft.training import outputs
 from smt_peft.training.errors import ConfigError, VerificationError
 from smt_peft.training.run import select, train
@@ -34,6 +35,7 @@ def test_a_run_saves_everything_and_verifies_it(finished):
         outputs.METRICS,
         outputs.REPORT,
         outputs.PICTURE,
+        HTML,
         "tokenizer.json",
     }
     assert names <= {path.name for path in finished.directory.iterdir()}
@@ -115,12 +117,12 @@ def test_a_resumed_run_has_the_losses_of_one_that_never_stopped(workshop):
     shutil.rmtree(directory / "checkpoint-8")
     for name in (outputs.METRICS, outputs.REPORT, outputs.PICTURE, "adapter_model.safetensors", "adapter_config.json"):
         (directory / name).unlink()
-    with pytest.raises(ConfigError, match="half way.*resume_from_checkpoint=true"):
-        train(load_run(path))
+    with pytest.raises(ConfigError, match="half way; leave the key out"):
+        train(load_run(path, ["resume_from_checkpoint=false"]))
     with pytest.raises(ConfigError, match=r"differs \(smt.density: 0.1 there, 0.2 now"):
         train(load_run(path, ["resume_from_checkpoint=true", "smt.density=0.2"]))
 
-    resumed = train(load_run(path, ["resume_from_checkpoint=true"]))
+    resumed = train(load_run(path))
 
     assert sorted(losses(resumed)) == list(range(1, 9))
     assert losses(resumed) == losses(straight)
@@ -148,11 +150,9 @@ def test_a_run_is_finished_only_when_verified_and_compared(workshop, monkeypatch
     assert not (directory / outputs.METRICS).exists()
     numbers = json.loads((directory / outputs.UNFINISHED).read_text())
     assert numbers["after"]["eval_loss"] > 0 and ("verified" in numbers) == (failing == "compare_lora")
-    with pytest.raises(ConfigError, match="trained and saved, but its verification.*resume_from_checkpoint=true"):
-        train(load_run(path))
     weights = load_file(directory / "adapter_model.safetensors")
 
-    metrics = train(load_run(path, ["resume_from_checkpoint=true"]))
+    metrics = train(load_run(path))
 
     again = load_file(directory / "adapter_model.safetensors")
     assert all(torch.equal(again[key], weights[key]) for key in weights)

@@ -28,6 +28,7 @@ from ..errors import ConfigError
 from ..model import Head, load_base, load_tokenizer, passes_as_adapted
 from ..tell import tell
 from ..tokens import at_rest
+from ..trainer import safe
 from .arguments import ClassificationConfig
 from .task import Prepared, Task, evaluated
 
@@ -149,7 +150,7 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     callbacks: list[TrainerCallback] | None = None,
 ) -> Trainer:
-    return Trainer(
+    return safe(Trainer)(
         model=model,
         args=args,
         train_dataset=train,

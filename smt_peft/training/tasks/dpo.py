@@ -26,6 +26,7 @@ from ..model import passes_as_adapted
 from ..preview import IGNORED
 from ..sample import has_colour, marked
 from ..tokens import at_rest
+from ..trainer import safe
 from .task import LossFunction, Prepared, Task, evaluated
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _trainer(
     config: PeftConfig,
     callbacks: list[TrainerCallback] | None = None,
 ) -> DPOTrainer:
-    return DPOTrainer(
+    return safe(DPOTrainer)(
         model=model,
         args=args,
         train_dataset=data.train,

@@ -15,6 +15,7 @@ from ..evaluate import exact_match
 from ..model import passes_as_adapted
 from ..sample import render_sample
 from ..tokens import at_rest
+from ..trainer import safe
 from .task import Prepared, Task, evaluated
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Sft(Task):
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         # The labels say it by now; of token ids TRL would not believe that there are assistants in them.
         args.assistant_only_loss = False
-        return SFTTrainer(
+        return safe(SFTTrainer)(
             model=prepared.model,
             args=args,
             train_dataset=prepared.train_set,

@@ -1,0 +1,76 @@
+"""The effective update: how many of the trained entries really hold another value once they are stored.
+
+A delta of an adapter is fp32, the weight it is for often bf16, which has 8 significant bits: base + delta, rounded as
+merging and the `swap` forward round it, is the base again wherever the delta is below half a step of the base's value.
+Where that is most entries, the learning rate is too low for the dtype, and the loss alone does not tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..bases.sharded import is_dtensor, present, why_absent
+from .delta import SMTBlocks
+from .layer import SMTLayer
+
+
+@dataclass(frozen=True)
+class Effective:
+    """The entries of the blocks of one module; padding is not among them.
+
+    Args:
+        dtype: in which the base has them, `"bfloat16"`; of a packed base, that of the dequantised values.
+        entries: how many there are.
+        moved: how many have a delta other than zero, as the adapter keeps it.
+        changed: how many differ from the base once base + delta is rounded to `dtype`.
+    """
+
+    dtype: str
+    entries: int
+    moved: int
+    changed: int
+
+
+@torch.no_grad()
+def effective_update(model: nn.Module, adapter: str = "default") -> dict[str, Effective]:
+    """Count, per module name, the entries of an adapter that changed since the adapter was put on the base.
+
+    Reads the blocks of the base once and writes nothing. Of a sharded model every process must call it: one module's
+    weight is gathered at a time.
+
+    Raises:
+        ValueError: the weights cannot be read where they are, as under FSDP1; names the module.
+    """
+    return {
+        layer.smt_name: _count(layer, adapter)
+        for layer in model.modules()
+        if isinstance(layer, SMTLayer) and adapter in layer.smt_blocks
+    }
+
+
+def _count(layer: SMTLayer, adapter: str) -> Effective:
+    blocks = layer.smt_blocks[adapter]
+    with present(layer.get_base_layer()), present(blocks):
+        before, after = _before_and_after(layer, blocks, adapter)
+        # Padding is zero in all of them.
+        both = torch.stack((torch.count_nonzero(_whole(blocks.weight)), torch.count_nonzero(before != after)))
+    dtype = str(before.dtype).removeprefix("torch.")
+    return Effective(dtype, blocks.layout().effective_numel, *both.tolist())
+
+
+def _before_and_after(layer: SMTLayer, blocks: SMTBlocks, adapter: str) -> tuple[Tensor, Tensor]:
+    stored = layer.stored_weight()
+    if is_dtensor(stored) or is_dtensor(blocks.weight):
+        before = ops.block_gather(_whole(layer.weight_view()), blocks.layout())
+        return before, ops.add_rounded(before, _whole(blocks.weight))
+    if reason := why_absent(stored):
+        raise ValueError(f"{layer.smt_name}: the weight is {reason}, so what changed in it cannot be counted here")
+    return layer._merged_blocks(adapter)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.detach().full_tensor() if is_dtensor(tensor) else tensor.detach()

@@ -250,7 +250,9 @@ def compare_lora(run: Run, prepared: Prepared, selection: BlockSelection) -> dic
     directory = Path(run.trainer.output_dir) / outputs.LORA
     checkpoint = checkpoints.last_checkpoint(directory)
     checkpoints.clean(directory)
-    trainer = make_trainer(run, prepared, config, learning_rate=rate, output_dir=str(directory))
+    # Its checkpoints are for going on, not for the Hub, where the run's own go.
+    changed = {"learning_rate": rate, "output_dir": str(directory), "push_to_hub": False}
+    trainer = make_trainer(run, prepared, config, **changed)
     trainable, _ = trainer.model.get_nb_trainable_parameters()
     tell(f"LoRA to compare with: rank {config.r}, {trainable:,} trainable weights, learning rate {rate:g}")
     seconds = fit(run, trainer, checkpoint and str(checkpoint))
@@ -297,9 +299,9 @@ def _finish(directory: Path, selection: BlockSelection, metrics: dict[str, Any])
     text = report(metrics, selection)
     outputs.write_text(directory / outputs.REPORT, text)
     draw_selection(selection, directory / outputs.PICTURE)
-    outputs.write_metrics(directory, metrics, finished=True)
     # Served for nothing but to go on with the comparison.
     shutil.rmtree(directory / outputs.LORA, ignore_errors=True)
+    outputs.write_metrics(directory, metrics, finished=True)
     try:
         write_report(directory)
     except Exception as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .plan import plan, runtime
+from .plan import plan
 
 if TYPE_CHECKING:
     from ..training.schema import Run
@@ -22,7 +22,7 @@ def record(run: Run) -> dict[str, Any]:
         planned = plan(run)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    smt, outside = planned.smt, runtime(planned.setting)
+    smt, outside = planned.smt, planned.setting.runtime
     return {
         "weights": sum(smt.state.weights.values()),
         "trained": smt.state.trained,

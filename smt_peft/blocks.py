@@ -403,7 +403,7 @@ class BlockSelection:
         """One line: modules reached, blocks, share of weights, and share of row and column stripes."""
         rows, cols = self.stripe_coverage()
         return (
-            f"{self.num_blocks} blocks in {len(self.blocks)} of {len(self.grids)} modules, "
+            f"{self.num_blocks:,} blocks in {len(self.blocks)} of {len(self.grids)} modules, "
             f"{self.density:.2%} of their weights ({self.effective_numel:,}), reaching {rows:.0%} of the row "
             f"stripes and {cols:.0%} of the column stripes"
         )

@@ -33,6 +33,21 @@ SCORES = (
 )
 DATA_FREE_SCORES = ("magnitude", "low_rank_magnitude", "random", "diagonal")
 BUDGETS = ("global", "per_module", "per_layer")
+# Fields that PEFT or a saved adapter records, and no choice of a user.
+RECORDED = frozenset(
+    {
+        "auto_mapping",
+        "base_fingerprint",
+        "base_model_name_or_path",
+        "base_quantization",
+        "block_pattern",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+    }
+)
 SPREADS = ("free", "capped", "assignment")
 FORWARDS = ("auto", "additive", "swap", "overlay")
 MIN_AUTO_SIDE, MAX_AUTO_SIDE = 4, 256

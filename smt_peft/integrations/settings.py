@@ -12,26 +12,13 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ..config import SMTConfig
+from ..config import RECORDED, SMTConfig
 from ..selection import select_blocks
 from ..selection.warmup import WARMUP_BATCHES, LossFunction
 
 AUTO = "auto"
 SELECTION = "selection.safetensors"
-# Fields of SMTConfig that are no choice of a user: what a saved adapter records, and what `Settings` gives itself.
-_FILLED_IN = {
-    "auto_mapping",
-    "base_fingerprint",
-    "base_model_name_or_path",
-    "base_quantization",
-    "block_pattern",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "task_type",
-}
-_KNOWN = sorted({field.name for field in fields(SMTConfig)} - _FILLED_IN | {"warmup_batches"})
+_KNOWN = sorted({field.name for field in fields(SMTConfig)} - RECORDED | {"warmup_batches"})
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
-import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib.image import imsave
 
 from ..blocks import BlockSelection
 from .mass import Mass
@@ -199,16 +199,10 @@ def _path(points: Sequence[tuple[float, float]]) -> tuple[str, tuple[tuple[float
 
 def _png(opacity: np.ndarray) -> str:
     """A picture in one colour as a data URI; `opacity` from 0 to 1, `(rows, cols)`."""
-    rows, cols = opacity.shape
-    pixels = np.empty((rows, 1 + 4 * cols), dtype=np.uint8)
-    pixels[:, 0] = 0  # no filter
-    rgba = pixels[:, 1:].reshape(rows, cols, 4)
-    rgba[..., :3] = _INK
-    rgba[..., 3] = np.rint(8 + 222 * opacity)
-    pixels[:, 1:] = rgba.reshape(rows, 4 * cols)
-    header = struct.pack(">2I5B", cols, rows, 8, 6, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(pixels.tobytes(), 9)), (b"IEND", b""))
-    file = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
-    return "data:image/png;base64," + base64.b64encode(file).decode()
+    pixels = np.empty((*opacity.shape, 4), dtype=np.uint8)
+    pixels[..., :3] = _INK
+    pixels[..., 3] = np.rint(8 + 222 * opacity)
+    file = io.BytesIO()
+    # Without a version of the library in it, so that the same run gives the same page.
+    imsave(file, pixels, format="png", metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -335,14 +335,16 @@ def _commands(run: RunFiles, model: str) -> list[tuple[str, str]]:
     """`(what for, command)`."""
     directory, selection = shlex.quote(run.directory), shlex.quote(f"{run.directory}/selection.safetensors")
     settings = shlex.quote(f"{run.directory}/run.yaml")
-    merged = shlex.quote(f"{run.directory.rstrip('/')}-merged")
+    merged, patch = (shlex.quote(run.directory.rstrip("/") + end) for end in ("-merged", ".patch.safetensors"))
     commands = []
     if run.stage in (STOPPED, TRAINED) and run.settings:
         commands.append(("Bring the run to its end", f"smt train {settings} resume_from_checkpoint=true"))
     if run.adapter:
         commands += [
             ("Write a plain checkpoint, which every engine loads", f"smt merge {directory} {merged}"),
+            ("check it, and the adapter", f"smt verify {directory} --merged {merged}"),
             ("and serve it", f"vllm serve {merged}"),
+            ("Or hand on the changed values alone", f"smt export {directory} {patch} --format patch"),
         ]
     if run.settings:
         again = shlex.quote(f"output_dir={run.directory.rstrip('/')}-2")

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig, SFTConfig
 
-from ..config import SMTConfig
+from ..config import RECORDED, SMTConfig
 from ..selection.warmup import WARMUP_BATCHES
 from .aliases import ALIASES
 from .data.forms import FORMS
@@ -45,20 +45,8 @@ INEFFECTIVE = {
 _INEFFECTIVE_IN = {
     "dpo": {"sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "padding_free", "pad_token"}
 }
-# Fields of SMTConfig that a file of PEFT holds, or that a run fills in itself.
-_INTERNAL = {
-    "peft_type",
-    "peft_version",
-    "task_type",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "block_pattern",
-    "base_fingerprint",
-    "base_quantization",
-    "fan_in_fan_out",
-}
+# A layer that stores its weight transposed says so itself.
+_INTERNAL = RECORDED | {"fan_in_fan_out"}
 
 
 @dataclass

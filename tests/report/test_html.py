@@ -324,8 +324,12 @@ def test_next_commands_are_commands(run, tmp_path, monkeypatch):
     text = write_report(run).read_text()
     lines = [line for line in re.findall(r"<dd><pre><code>(.*?)</code>", text) if line.startswith("smt ")]
     assert [shlex.split(line)[:3] for line in lines] == [
-        ["smt", "merge", "run"], ["smt", "train", "run/run.yaml"], ["smt", "report", "run"]
-    ]  # fmt: skip
+        ["smt", "merge", "run"],
+        ["smt", "verify", "run"],
+        ["smt", "export", "run"],
+        ["smt", "train", "run/run.yaml"],
+        ["smt", "report", "run"],
+    ]
     for line in lines:
         parser = cli._parser()
         args, rest = parser.parse_known_args(shlex.split(line)[1:])

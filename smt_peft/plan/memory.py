@@ -112,11 +112,12 @@ def choosing(model: nn.Module, config: SMTConfig, setting: Setting, layers: Laye
 
 
 def token_batch(setting: Setting) -> Batch:
-    """A full batch of token ids, without padding, and a label for each."""
+    """A full batch of token ids, without padding, and a label for each; of preferences, two answers to a sequence."""
 
     def make() -> dict[str, Tensor]:
-        ids = torch.zeros(setting.sequences, setting.tokens, dtype=torch.int64, device="meta")
-        return {"input_ids": ids, "labels": ids.clone()}
+        rows = setting.sequences * (2 if setting.task == "dpo" else 1)
+        ids = torch.zeros(rows, setting.tokens, dtype=torch.int64, device="meta")
+        return {"input_ids": ids, "labels": ids[:, 0].clone() if setting.task == "classification" else ids.clone()}
 
     return make
 

@@ -66,20 +66,23 @@ def full(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True).train()
 
 
-def rivals(selection: BlockSelection, modules_to_save: list[str] | None = None) -> dict[str, PutOn]:
+def rivals(
+    selection: BlockSelection, modules_to_save: list[str] | None = None, task_type: str = "CAUSAL_LM"
+) -> dict[str, PutOn]:
     """What else could train a model, with as many parameters as the selection where that can be.
 
     Args:
         selection: of the whole model.
         modules_to_save: what is trained besides.
+        task_type: of the model, as PEFT calls it.
 
     Returns:
         By name, functions of a model, which may lack layers, and of what of the selection is left in it.
     """
-    rank = lora_config(selection, modules_to_save).r
+    rank = lora_config(selection, modules_to_save, task_type).r
 
     def adapted(model: nn.Module, rest: BlockSelection, dora: bool) -> nn.Module:
-        config = lora_config(rest, modules_to_save)
+        config = lora_config(rest, modules_to_save, task_type)
         config.r, config.lora_alpha, config.use_dora = rank, 2 * rank, dora
         return lora(model, config)
 

@@ -26,6 +26,7 @@ class Setting:
         packing: how the frozen weights are packed; None: not.
         processes: that train together.
         sharded: whether each of them keeps its part of the weights only, as under FSDP2 or ZeRO-3.
+        task: of the run.
         loaded_sharded: whether it does so before the training, too, as under ZeRO-3; else blocks are chosen on the
             whole model.
     """
@@ -40,6 +41,7 @@ class Setting:
     processes: int = 1
     sharded: bool = False
     loaded_sharded: bool = False
+    task: str = "sft"
 
     @property
     def shares(self) -> bool:

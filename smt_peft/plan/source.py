@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from ..training.errors import ConfigError
+from ..training.model import Head
 from .activations import Loss, model_loss
 from .device import Device
 from .methods import empty
@@ -54,7 +55,10 @@ def setting_of(
         processes or started,
         shared if sharded is None else sharded,
         partitioned,
+        run.config.task,
     )
+    if setting.task == "dpo":
+        assumed.append("preferences: both answers of every row, each of as many tokens")
     if setting.shares:
         assumed.append("sharded: everything in equal parts, one layer at work, the next gathered ahead")
     assumed.append("full batches without padding; Python, libraries and the data loader are not counted")
@@ -75,7 +79,7 @@ def base(run: Run, setting: Setting) -> nn.Module:
     dtype = run.config.dtype or ("float32" if setting.device.type == "cpu" else "auto")
     dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
     try:
-        model = empty(lambda: AutoModelForCausalLM.from_config(config, dtype=dtype))
+        model = empty(lambda: Head(run.smt.task_type).auto_class.from_config(config, dtype=dtype))
     except ValueError as error:
         raise ConfigError(f"model_name_or_path: {error}") from error
     return model if setting.packing is None else pack(model, setting.packing)
@@ -91,10 +95,11 @@ def _packing(run: Run) -> Packing | None:
 def trainer_loss(model: nn.Module) -> Loss:
     """The loss as TRL's trainer computes it: where it has one, by its head that never holds all logits at once."""
     head = getattr(import_module("trl.trainer.utils"), "add_fused_lm_head", None)
-    if head is None:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if head is None or base.get_output_embeddings() is None:
         return model_loss
     head(
-        model.get_base_model() if hasattr(model, "get_base_model") else model,
+        base,
         outputs=("log_probs", "entropy", "is_top1"),
     )
 

@@ -37,6 +37,8 @@ def check_presence(flat: Mapping[str, Any], errors: Errors) -> None:
     has_eval = flat.get("eval_dataset_path") is not None or flat.get("dataset_test_split") is not None
     if flat.get("eval_exact_match") is True and not has_eval:
         errors.add("eval_exact_match", "eval_exact_match needs an evaluation set; name one in eval_dataset_path")
+    if flat.get("eval_strategy", "no") != "no" and not has_eval:
+        errors.add("eval_strategy", "eval_strategy needs an evaluation set; name one in eval_dataset_path, or say no")
     for key in ("smt.warmup_batches", "generation_max_new_tokens", "generation_batch_size"):
         if isinstance(flat.get(key), int) and flat[key] < 1:
             errors.add(key, f"{key} must be at least 1, got {flat[key]}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import IntervalStrategy, PreTrainedModel, TrainingArguments
 
 
 def at_rest(args: TrainingArguments, model: PreTrainedModel) -> TrainingArguments:
     """Settings for such a trainer: a model on the meta device stays there, and nothing is written or sent."""
     args = copy.copy(args)
+    # A trainer that is to evaluate insists on rows to evaluate on.
+    args.eval_strategy = IntervalStrategy.NO
     if model.device.type == "meta":
         args.__class__ = type("Weightless", (type(args),), {"place_model_on_device": False})
         # A trainer makes its directory, and a repository on the Hub, as soon as it is built.

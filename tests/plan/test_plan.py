@@ -82,6 +82,30 @@ def test_choosing_blocks_takes_less_with_checkpointing(tmp_path):
     assert with_it.warm_up - weights < (without.warm_up - weights) / 2
 
 
+def test_preferences_take_what_twice_as_many_sequences_take(tmp_path):
+    path = write_run(tmp_path, TINY)
+    twice = plan(load_run(path, ["per_device_train_batch_size=8"]))
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    pairs = plan(load_run(path, ["task=dpo"]))
+    assert pairs.smt.step.saved == twice.smt.step.saved
+    assert pairs.warm_up == twice.warm_up
+
+
+def test_an_encoder_with_classes_is_planned(tmp_path):
+    bert = {
+        "model_type": "bert",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    found = plan(load_run(write_run(tmp_path, bert, task="classification")))
+    assert [each.method.split()[0] for each in found.methods] == ["SMT", "LoRA", "DoRA", "full"]
+    # The head trains in full beside the blocks.
+    assert found.smt.trainable > 2 * 64 and found.warm_up > 0
+
+
 def load_config(directory: Path):
     from transformers import AutoConfig
 

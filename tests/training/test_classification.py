@@ -34,11 +34,11 @@ from smt_peft.training.schema import load_run
 from smt_peft.training.tasks.classification import scores
 
 SIZES = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 257}
-WORDS = {"good": ("fine", "great", "lovely"), "bad": ("awful", "poor", "dull"), "plain": ("flat", "even", "mid")}
-ROWS = [{"text": f"a {word} film {i}", "label": label} for i in range(8) for label, ws in WORDS.items() for word in ws]
+WORDS = {"good": ("ooooo", "oooo", "ooo"), "bad": ("aaaaa", "aaaa", "aaa"), "plain": ("iiiii", "iiii", "iii")}
+ROWS = [{"text": f"{word} {i}", "label": label} for i in range(8) for label, ws in WORDS.items() for word in ws]
 ENCODERS = {
     "bert": lambda: BertForMaskedLM(BertConfig(**SIZES, intermediate_size=48)),
-    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SIZES, intermediate_size=48, max_position_embeddings=80)),
+    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**SIZES, intermediate_size=48, max_position_embeddings=340)),
     "deberta": lambda: DebertaV2ForMaskedLM(DebertaV2Config(**SIZES, intermediate_size=48)),
     "modernbert": lambda: ModernBertForMaskedLM(
         ModernBertConfig(**SIZES, intermediate_size=48, cls_token_id=None, sep_token_id=None)
@@ -188,7 +188,7 @@ def test_pairs_columns_and_numbers_are_read(reviews, capsys):
 def test_a_dry_run_shows_a_text_with_its_label(reviews, capsys):
     assert cli.main(["train", "--dry-run", str(reviews.write("dry"))]) == 0
     out = capsys.readouterr().out
-    assert "one sample, 13 tokens, of the class 'good':\na fine film 0" in out
+    assert "one sample, 7 tokens, of the class 'good':\nooooo 0" in out
     assert "max_length: 512" in out and "packing" not in out
 
 

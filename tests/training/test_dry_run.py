@@ -82,6 +82,13 @@ def test_unlearned_tokens_are_dimmed_where_colour_is_wanted(workshop, capsys, mo
     assert "\x1b" not in capsys.readouterr().out
 
 
+def test_a_run_that_evaluates_as_it_trains_passes(workshop, capsys):
+    assert cli.main(["train", "--dry-run", str(workshop.write("evaluates", eval_strategy="steps", eval_steps=4))]) == 0
+    path = workshop.write("evaluates_nothing", eval_strategy="epoch", eval_dataset_path=None)
+    assert cli.main(["train", "--dry-run", str(path)]) == 2
+    assert "eval_strategy needs an evaluation set" in capsys.readouterr().err
+
+
 def test_marks_follow_the_labels():
     tokenizer = byte_tokenizer()
     ids = tokenizer("abcd")["input_ids"]

@@ -53,7 +53,7 @@ HOSTS = {
     "datasets": {"training"},
     "triton": {"ops", "bench"},
     "matplotlib": {"report"},
-    "jinja2": {"report", "training"},
+    "jinja2": {"integrations", "report", "training"},
     "omegaconf": {"training"},
     "pydantic": {"integrations", "training"},
     "dspy": {"integrations"},

@@ -20,7 +20,7 @@ import transformers
 from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..bases.packed import quantization_of
 from ..say import say
@@ -29,6 +29,7 @@ from .aside import check_new_directory, directory_aside
 from .checkpoint import COMPANIONS, INDEX, Checkpoint, NoShards, Shard, StoredTensor, directory_of
 from .dequantised import dequantise_, quantization_config, round_to
 from .edits import Edits, NotInPlace
+from .head import Head, head_of
 
 ONTO = ("checkpoint", "dequantised", "quantised")
 
@@ -91,10 +92,12 @@ def merge_adapter(
     adapter_dir, out_dir = Path(adapter_dir), Path(out_dir)
     settings = settings_of(adapter_dir)
     base, record = settings["base_model_name_or_path"], settings.get("base_quantization")
+    head = head_of(adapter_dir, settings.get("task_type"))
     # Now, and not when the work is done.
     check_new_directory(out_dir)
     if onto != "checkpoint":
-        _save(_onto_quantised(adapter_dir, base, record, onto == "dequantised"), adapter_dir, base, out_dir)
+        merged = _onto_quantised(adapter_dir, base, head, record, onto == "dequantised")
+        _save(merged, adapter_dir, base, out_dir)
         return None
     if record is not None:
         say(
@@ -102,14 +105,16 @@ def merge_adapter(
             "onto='dequantised' gives exactly the model that was trained"
         )
     try:
+        if settings.get("peft_type") != "SMT":
+            raise NotInPlace(f"{adapter_dir} is an adapter of {settings.get('peft_type')}, which PEFT merges")
         checkpoint = Checkpoint.open(directory_of(base))
         edits = Edits(SavedAdapter.open(adapter_dir), checkpoint)
     except (NoShards, NotInPlace) as reason:
         say(f"the whole model is loaded for this merge, as {reason}")
-        _save(_onto_loaded(adapter_dir, base), adapter_dir, base, out_dir)
+        _save(_onto_loaded(adapter_dir, base, head), adapter_dir, base, out_dir)
         return None
     edits.check()
-    return _through_the_files(edits, adapter_dir, out_dir)
+    return _through_the_files(edits, head, adapter_dir, out_dir)
 
 
 def load_adapter(adapter_dir: str | Path) -> PeftModel:
@@ -119,8 +124,9 @@ def load_adapter(adapter_dir: str | Path) -> PeftModel:
         FileNotFoundError: there is no adapter in `adapter_dir`.
         ValueError: the adapter names no base, or does not fit it.
     """
-    base = settings_of(Path(adapter_dir))["base_model_name_or_path"]
-    return PeftModel.from_pretrained(_load_base(base), adapter_dir)
+    settings = settings_of(Path(adapter_dir))
+    head = head_of(Path(adapter_dir), settings.get("task_type"))
+    return PeftModel.from_pretrained(_load_base(settings["base_model_name_or_path"], head), adapter_dir)
 
 
 def merged_tensor(edits: Edits, tensor: StoredTensor) -> Tensor:
@@ -128,7 +134,7 @@ def merged_tensor(edits: Edits, tensor: StoredTensor) -> Tensor:
     return edits.apply_(tensor.name, tensor.read())
 
 
-def _through_the_files(edits: Edits, adapter_dir: Path, out_dir: Path) -> MergeReport:
+def _through_the_files(edits: Edits, head: Head, adapter_dir: Path, out_dir: Path) -> MergeReport:
     checkpoint, report = edits.checkpoint, MergeReport()
     with directory_aside(out_dir, checkpoint.nbytes) as aside:
         for name, shard in tqdm(checkpoint.shards.items(), desc="merging", unit="shard", disable=None):
@@ -137,6 +143,7 @@ def _through_the_files(edits: Edits, adapter_dir: Path, out_dir: Path) -> MergeR
         if (checkpoint.directory / INDEX).exists() and len(checkpoint.shards) > 1:
             shutil.copyfile(checkpoint.directory / INDEX, aside / INDEX)
         _copy_companions(checkpoint.directory, aside)
+        _name_classes(aside / "config.json", head)
         _save_tokenizer(adapter_dir, aside)
     return report
 
@@ -187,6 +194,13 @@ def _copy_companions(source: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
+def _name_classes(config: Path, head: Head) -> None:
+    if head.labels:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        names = {key: value for key, value in head.settings().items() if key != "num_labels"}
+        config.write_text(json.dumps(settings | names, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _save_tokenizer(directory: Path | str, out: Path) -> bool:
     """Write the tokenizer that lies in a directory, which may have been changed in training; none is no error."""
     if isinstance(directory, Path) and not (directory / "tokenizer_config.json").is_file():
@@ -205,8 +219,8 @@ def _save(merged: PreTrainedModel, adapter_dir: Path, base: str, out_dir: Path) 
             _save_tokenizer(base, aside)
 
 
-def _onto_loaded(adapter_dir: Path, base: str) -> PreTrainedModel:
-    model = _load_base(base)
+def _onto_loaded(adapter_dir: Path, base: str, head: Head) -> PreTrainedModel:
+    model = _load_base(base, head)
     if quantization_of(model) is not None:
         raise ValueError(
             f"the base model {base} is stored quantised, so there are no floats of its own to merge into; use "
@@ -215,13 +229,15 @@ def _onto_loaded(adapter_dir: Path, base: str) -> PreTrainedModel:
     return PeftModel.from_pretrained(model, adapter_dir).merge_and_unload(safe_merge=True)
 
 
-def _onto_quantised(adapter_dir: Path, base: str, record: dict[str, Any] | None, plain: bool) -> PreTrainedModel:
+def _onto_quantised(
+    adapter_dir: Path, base: str, head: Head, record: dict[str, Any] | None, plain: bool
+) -> PreTrainedModel:
     if record is None:
         raise ValueError(
             "the adapter's config has no base_quantization: it was trained on a base of floats; use onto='checkpoint'"
         )
     quantization, dtype = quantization_config(record)
-    model = _load_base(base, quantization_config=quantization, dtype=dtype)
+    model = _load_base(base, head, quantization_config=quantization, dtype=dtype)
     dtype = model.config.dtype
     layers = dequantise_(model) if plain else []
     merged = PeftModel.from_pretrained(model, adapter_dir).merge_and_unload(safe_merge=True)
@@ -230,12 +246,12 @@ def _onto_quantised(adapter_dir: Path, base: str, record: dict[str, Any] | None,
     return merged
 
 
-def _load_base(base: str, **settings: Any) -> PreTrainedModel:
+def _load_base(base: str, head: Head, **settings: Any) -> PreTrainedModel:
     try:
         names = AutoConfig.from_pretrained(base).architectures or []
         # The class the checkpoint was saved from: an Auto class would drop a head it does not know.
-        loader = getattr(transformers, names[0], AutoModelForCausalLM) if names else AutoModelForCausalLM
-        return loader.from_pretrained(base, **{"dtype": "auto", **settings})
+        loader = getattr(transformers, names[0], head.auto_class) if names and not head.labels else head.auto_class
+        return loader.from_pretrained(base, **{"dtype": "auto", **head.settings(), **settings})
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(
             f"the base model {base}, named in the adapter's base_model_name_or_path, cannot be loaded: {error}"

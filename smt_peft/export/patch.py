@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from .adapter import SavedAdapter
 from .aside import check_new_file, file_aside
-from .checkpoint import CHUNK, FLOATS, Checkpoint, StoredTensor, directory_of
-from .edits import Edits
+from .checkpoint import CHUNK, FLOATS, Checkpoint, NoShards, StoredTensor, directory_of
+from .edits import Edits, NotInPlace
 from .merge import merged_tensor
 
 VERSION = 1
@@ -130,7 +130,10 @@ def export_patch(adapter_dir: str | Path, file: str | Path) -> Patch:
     """
     adapter, file = SavedAdapter.open(Path(adapter_dir)), Path(file)
     check_new_file(file)
-    edits = Edits(adapter, Checkpoint.open(directory_of(adapter.config.base_model_name_or_path)))
+    try:
+        edits = Edits(adapter, Checkpoint.open(directory_of(adapter.config.base_model_name_or_path)))
+    except (NoShards, NotInPlace) as reason:
+        raise ValueError(f"there is no patch of {adapter_dir}, as {reason}; merge it: smt merge") from reason
     edits.check()
     content: dict[str, Tensor] = {}
     record: dict[str, Any] = {}

@@ -39,7 +39,10 @@ def train_adapter(run: Run, config: PeftConfig, callbacks: Sequence[TrainerCallb
     Raises:
         ConfigError: the output directory, the model, the data or the adapter's config cannot be used.
     """
-    earlier = outputs.check_output_dir(run)
+    outputs.check_output_dir(run)
+    directory = Path(run.trainer.output_dir)
+    if (directory / outputs.RUN).exists():
+        raise ConfigError(f"output_dir: {directory} holds a run; choose another output_dir")
     prepared = prepare(run)
     config = copy.deepcopy(config)
     config.base_model_name_or_path = run.config.model_name_or_path
@@ -50,5 +53,5 @@ def train_adapter(run: Run, config: PeftConfig, callbacks: Sequence[TrainerCallb
     main = trainer.is_world_process_zero()
     if main:
         outputs.write_run(run)
-    fit(run, trainer, earlier.checkpoint)
-    outputs.save_adapter(trainer.model, prepared.tokenizer, trainer.state, Path(run.trainer.output_dir), main)
+    fit(run, trainer)
+    outputs.save_adapter(trainer.model, prepared.tokenizer, trainer.state, directory, main)

@@ -7,12 +7,13 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from ..bases.sharded import is_sharded
 from ..tuner.delta import SMTBlocks
@@ -39,12 +40,10 @@ class Measures(TrainerCallback):
     def __init__(self):
         self.memory: dict[str, int] = {}
         self._start: float | None = None
-        self._measured = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
-        self._measured = state.global_step * MEASUREMENTS // max(1, state.max_steps)
         self._start = time.perf_counter()
 
     def on_log(self, args, state, control, model=None, **kwargs):
@@ -52,9 +51,7 @@ class Measures(TrainerCallback):
             return
         entry = state.log_history[-1]
         entry["elapsed"] = round(time.perf_counter() - self._start, 3)
-        due = state.global_step * MEASUREMENTS // max(1, state.max_steps)
-        if "loss" in entry and due > self._measured and state.is_world_process_zero and not is_sharded(model):
-            self._measured = due
+        if _is_due(state) and state.is_world_process_zero and not is_sharded(model):
             found = summed(effective_update(model))
             if found["entries"]:
                 entry["effective_update"] = found["share"]
@@ -62,6 +59,17 @@ class Measures(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         self._start = None
         self.memory = memory(model, optimizer, args.device)
+
+
+def _is_due(state: TrainerState) -> bool:
+    """Whether the last entry begins another of the run's parts; by the log alone, so that a resumed run agrees."""
+    entry = state.log_history[-1]
+    if "loss" not in entry:
+        return False
+    earlier = islice(reversed(state.log_history), 1, None)
+    before = next((other["step"] for other in earlier if "loss" in other), 0)
+    whole = max(1, state.max_steps)
+    return entry["step"] * MEASUREMENTS // whole > before * MEASUREMENTS // whole
 
 
 def summed(modules: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -20,39 +17,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
+from ..export.head import Head
 from .errors import ConfigError
 
 if TYPE_CHECKING:
     # Not at run time: it loads TRL, which the process that verifies has no use for.
     from .keys import RunConfig
-
-
-@dataclass(frozen=True)
-class Head:
-    """What a base model ends in.
-
-    Args:
-        task_type: as PEFT calls it: `CAUSAL_LM`, or `SEQ_CLS`, whose head is made anew unless the checkpoint has it.
-        labels: the names of the classes of `SEQ_CLS`, in their order.
-    """
-
-    task_type: str = "CAUSAL_LM"
-    labels: tuple[str, ...] = ()
-
-    @property
-    def auto_class(self) -> type:
-        return AutoModelForCausalLM if self.task_type == "CAUSAL_LM" else AutoModelForSequenceClassification
-
-    def settings(self) -> dict[str, Any]:
-        """What a model's config is told of it."""
-        if not self.labels:
-            return {}
-        return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {label: number for number, label in enumerate(self.labels)},
-            "problem_type": "single_label_classification",
-        }
 
 
 def load_model(

@@ -16,6 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..export.head import LABELS
 from ..report.files import METRICS, RUN, SELECTION, UNFINISHED
 from .checkpoints import is_whole, last_checkpoint, read_state, sync
 from .errors import ConfigError
@@ -24,8 +25,6 @@ from .schema import Run
 from .tell import tell
 
 REPORT, PICTURE = "report.md", "blocks.png"
-# The names of the classes of a classifier by their numbers, which no adapter holds.
-LABELS = "labels.json"
 # The checkpoints of the LoRA that a run is compared with, until it is.
 LORA = "lora"
 _FOREIGN = re.compile(r"checkpoint-\d+|adapter_.*|config\.json|.*\.(safetensors|bin|pt)")

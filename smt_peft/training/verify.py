@@ -162,8 +162,8 @@ def _logits(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 def largest_move(plain: nn.Module, adapted: nn.Module, sequences: Sequence[Sequence[int]]) -> float:
     """How far the logits of a merged model lie from those of the `PeftModel` it was merged from, at most."""
-    ids, mask = _pad([list(ids) for ids in sequences])
     inner = adapted.get_base_model()
+    ids, mask = _pad([list(ids) for ids in sequences], inner.config.get_text_config().pad_token_id or 0)
     expected = _by_overlay(adapted, ids, mask) if quantization_of(inner) else _logits(inner, ids, mask)
     return (_logits(plain, ids, mask).double() - expected.double()).abs().max().item()
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from ..export.adapter import SavedAdapter
 from ..export.checkpoint import Checkpoint, NoShards, directory_of
 from ..export.compare import compare_merged
 from ..export.dequantised import quantization_config
 from ..export.edits import Edits, NotInPlace
+from ..export.head import head_of
 from .errors import ConfigError, VerificationError
 from .model import load_model
 from .verify import PROBE_ROWS, compare_saved, largest_move
@@ -66,8 +66,8 @@ def verify_adapter(
     edits = _static(adapter, base, checks)
     if any(check.passed is False for check in checks):
         return checks
-    if adapter.config.task_type not in (None, "CAUSAL_LM"):
-        checks.append(Check("reload", None, f"causal language models only, this one is for {adapter.config.task_type}"))
+    if adapter.config.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
+        checks.append(Check("reload", None, f"language models and classifiers only, not {adapter.config.task_type}"))
         return checks if merged_dir is None else [*checks, _merged(None, edits, Path(merged_dir), 0.0)]
     try:
         model, result = _loaded(adapter, base)
@@ -109,7 +109,7 @@ def _loaded(adapter: SavedAdapter, base: str) -> tuple[PeftModel, dict[str, Any]
     record = adapter.config.base_quantization
     quantization, dtype = quantization_config(record) if record else (None, "auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inner = load_model(base, dtype, device, quantization)
+    inner = load_model(base, dtype, device, quantization, head_of(adapter.directory, adapter.config.task_type))
     model = PeftModel.from_pretrained(inner, adapter.directory).eval()
     return model, compare_saved(model, _sequences(inner), base, None, adapter.directory)
 
@@ -137,7 +137,7 @@ def _merged(model: PeftModel | None, edits: Edits | None, directory: Path, allow
     if model is None:
         return Check("merged", None, why)
     try:
-        plain = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").to(model.device).eval()
+        plain = type(model.get_base_model()).from_pretrained(directory, dtype="auto").to(model.device).eval()
     except (OSError, ValueError) as error:
         return Check("merged", False, str(error))
     moved = largest_move(plain, model, _sequences(plain))

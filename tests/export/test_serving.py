@@ -13,7 +13,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "serving.md"
 
 def test_every_command_of_the_guide_is_taken():
     text = GUIDE.read_text()
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     ours = [words[1:] for words in commands if words[:1] == ["smt"]]
     assert {words[0] for words in ours} == {"merge", "verify", "export", "patch"}

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-TIMES = ("runtime", "per_second", "preparation_time")
+TIMES = ("elapsed", "runtime", "per_second", "preparation_time")
 
 
 def forked(function: Callable[[], object], log: Path) -> int:

@@ -120,6 +120,24 @@ def test_the_measures_are_those_of_the_saved_adapter_in_plain_pytorch(whole, rev
     assert metrics["after"]["accuracy"] == pytest.approx((logits.argmax(-1) == truth).float().mean().item())
 
 
+def test_a_merged_classifier_is_whole_in_plain_transformers(whole, tmp_path, capsys):
+    _, directory, _ = whole
+    assert cli.main(["merge", str(directory), str(tmp_path / "merged")]) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.id2label == {0: "bad", 1: "good", 2: "plain"}
+    base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+    adapted = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    adapted = PeftModel.from_pretrained(adapted, directory).eval()
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "merged")(ROWS[0]["text"], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**tokens).logits, adapted(**tokens).logits)
+    assert cli.main(["verify", str(directory), "--merged", str(tmp_path / "merged")]) == 0
+    told = capsys.readouterr().out
+    assert all(f"{name:<8}  ok" in told for name in ("files", "reload", "merge", "merged"))
+    assert cli.main(["export", str(directory), str(tmp_path / "patch"), "--format", "patch"]) == 2
+    assert "which is no parameter of the base; merge it: smt merge" in capsys.readouterr().err
+
+
 def test_f1_is_the_mean_over_the_classes():
     logits = torch.eye(3)[[0, 0, 1, 2, 2]].numpy()
     found = scores(EvalPrediction(logits, torch.tensor([0, 1, 1, 2, 0]).numpy()))

@@ -452,7 +452,6 @@ DAMAGES = {
     "a sum beyond the dtype": adapter_tensors(enormous),
     "an adapter cut off": cut_adapter,
     "no adapter file": no_adapter_file,
-    "another method": settings(peft_type="LORA", words="holds an adapter of type LORA, not SMT"),
     "an impossible pattern": settings(
         block_pattern={"model.layers.0.self_attn.q_proj": [1, -8, 8]}, words="block_pattern"
     ),

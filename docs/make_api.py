@@ -26,7 +26,7 @@ NAMES = {
     "smt_peft.export.lora": ("export_lora", "convert_to_lora", "exact_ranks", "LoraForm"),
     "smt_peft.export.patch": ("export_patch",),
     "smt_peft.export.patching": ("apply_patch", "revert_patch"),
-    "smt_peft.training.schema": ("load_run", "Run"),
+    "smt_peft.training.yaml.schema": ("load_run", "Run"),
     "smt_peft.training.run": ("train", "select"),
     "smt_peft.training.verify_adapter": ("verify_adapter",),
     "smt_peft.plan.plan": ("plan", "Plan"),

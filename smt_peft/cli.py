@@ -165,7 +165,7 @@ def _take_settings(parser: argparse.ArgumentParser, args: argparse.Namespace, re
 
 
 def _train(args: argparse.Namespace) -> None:
-    from .training.schema import load_run
+    from .training.yaml.schema import load_run
 
     run = load_run(args.config, args.overrides)
     if args.dry_run:
@@ -181,7 +181,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _select(args: argparse.Namespace) -> None:
-    from .training.schema import load_run
+    from .training.yaml.schema import load_run
 
     run = load_run(args.config, args.overrides)
     from .training.run import select
@@ -190,14 +190,14 @@ def _select(args: argparse.Namespace) -> None:
 
 
 def _schema(args: argparse.Namespace) -> None:
-    from .training.json_schema import json_schema
+    from .training.yaml.json_schema import json_schema
 
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
 def _plan(args: argparse.Namespace) -> None:
     from .training.errors import ConfigError
-    from .training.schema import load_run
+    from .training.yaml.schema import load_run
 
     run = load_run(args.config, args.overrides)
     from .plan.plan import plan

@@ -69,6 +69,10 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError:
+        # Some network file systems know no such thing for directories.
+        if not path.is_dir():
+            raise
     finally:
         os.close(handle)
 

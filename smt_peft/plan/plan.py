@@ -25,7 +25,7 @@ from .source import base, setting_of, trainer_loss
 
 if TYPE_CHECKING:
     # Not at run time: it loads TRL, which a plan of a model without a run has no use for.
-    from ..training.schema import Run
+    from ..training.yaml.schema import Run
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def plan(
     """Count what a run is going to take.
 
     Args:
-        run: from `training.schema.load_run`.
+        run: from `training.yaml.schema.load_run`.
         limit: bytes of memory on a device; None: those of the GPU, where the run has one.
         device: `"cpu"` or `"cuda"`; None: the one that the run would take here.
         processes: None: as many as the environment says that `accelerate launch` has started.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .plan import plan
 
 if TYPE_CHECKING:
-    from ..training.schema import Run
+    from ..training.yaml.schema import Run
 
 
 def record(run: Run) -> dict[str, Any]:

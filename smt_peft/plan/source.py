@@ -19,7 +19,7 @@ from .packed import Packing, pack
 from .setting import Setting, from_environment
 
 if TYPE_CHECKING:
-    from ..training.schema import Run
+    from ..training.yaml.schema import Run
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

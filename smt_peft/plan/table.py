@@ -11,7 +11,7 @@ from .plan import Plan
 from .plan import plan as make_plan
 
 if TYPE_CHECKING:
-    from ..training.schema import Run
+    from ..training.yaml.schema import Run
 
 WIDTH = 80
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}

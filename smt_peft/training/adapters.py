@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from . import outputs
 from .errors import ConfigError
 from .run import fit, make_trainer, prepare
-from .schema import Run
+from .yaml.schema import Run
 
 
 def check_mergeable(config: Any) -> None:

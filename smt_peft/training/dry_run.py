@@ -15,10 +15,10 @@ from ..selection.experts import matrices
 from . import outputs
 from .data.load import Data
 from .errors import ConfigError
-from .schema import Run
-from .settings import render_settings
 from .tasks.table import task_of
 from .tell import tell
+from .yaml.schema import Run
+from .yaml.settings import render_settings
 
 FIRST_ROWS = 64
 
@@ -27,7 +27,7 @@ def dry_run(run: Run, planned: Callable[[Run], str] | None = None) -> None:
     """Print the settings, the data set, the targets, the memory and one sample.
 
     Args:
-        run: from `schema.load_run`.
+        run: from `yaml.schema.load_run`.
         planned: says what memory a run takes; a function, as the room that knows it stands above this one.
 
     Raises:

@@ -22,7 +22,7 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     # Not at run time: it loads TRL, which the process that verifies has no use for.
-    from .keys import RunConfig
+    from .yaml.keys import RunConfig
 
 
 def load_model(

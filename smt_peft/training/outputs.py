@@ -16,13 +16,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..export.aside import sync
 from ..export.head import LABELS
 from ..report.files import METRICS, RUN, SELECTION, UNFINISHED
-from .checkpoints import is_whole, last_checkpoint, read_state, sync
 from .errors import ConfigError
-from .keys import RunConfig
-from .schema import Run
+from .stopping.checkpoints import is_whole, last_checkpoint, read_state
 from .tell import tell
+from .yaml.keys import RunConfig
+from .yaml.schema import Run
 
 REPORT, PICTURE = "report.md", "blocks.png"
 # The checkpoints of the LoRA that a run is compared with, until it is.

@@ -29,19 +29,20 @@ from ..report.series import tokens_per_second
 from ..report.table import report
 from ..selection import select_blocks
 from ..tuner.delta import SMTBlocks
-from . import checkpoints, outputs
+from . import outputs
 from .compare import lora_config
 from .errors import ConfigError
-from .keys import AUTO
 from .launched import all_or_none, forget_engine, wait_for_everyone, whole_or_gathering
 from .measures import Measures, command, kept, measure_effective_update
 from .model import checkpointed
-from .schema import Run
-from .stops import explained
+from .stopping import checkpoints
+from .stopping.stops import explained
 from .tasks.table import task_of
 from .tasks.task import Prepared
 from .tell import tell
 from .verify import verify_saved
+from .yaml.keys import AUTO
+from .yaml.schema import Run
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
@@ -55,7 +56,7 @@ def train(
     """Select, train, evaluate, save and verify.
 
     Args:
-        run: from `schema.load_run`.
+        run: from `yaml.schema.load_run`.
         callbacks: further callbacks of the trainer.
         plan: `plan.record.record`, for the report to set what was measured against what was planned; called when all
             else is done.
@@ -66,7 +67,7 @@ def train(
     Raises:
         ConfigError: the output directory, the model, the data or the `smt:` block cannot be used.
         VerificationError: what was saved is not what was trained.
-        StoppedError, Interrupted: see `stops.explained`; the same run started again goes on where it was stopped.
+        StoppedError, Interrupted: see `stopping.stops.explained`; the same run, started again, goes on from there.
     """
     clock = _Clock()
     earlier = outputs.check_output_dir(run)

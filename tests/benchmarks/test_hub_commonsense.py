@@ -240,7 +240,7 @@ def llama():
 def test_every_yaml_is_in_order_and_trains_what_it_says(name, trained, rank, llama, tmp_path):
     pytest.importorskip("trl")
     from smt_peft.training.compare import lora_config
-    from smt_peft.training.schema import load_run
+    from smt_peft.training.yaml.schema import load_run
 
     source = tmp_path / "source.json"
     source.write_text(json.dumps(rows("BoolQ", 4)))

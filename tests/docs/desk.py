@@ -93,7 +93,7 @@ class Desk:
         wrong = [error.message for error in _parts_of_a_run().iter_errors(settings)]
         assert not wrong, wrong
         if fence.reason is None and not list(_whole_runs().iter_errors(settings)):
-            from smt_peft.training.schema import load_run
+            from smt_peft.training.yaml.schema import load_run
 
             path = self.directory / (fence.file or "page.yaml")
             path.write_text(fence.text)
@@ -163,7 +163,7 @@ def check_command(words: list[str]) -> None:
 
 @cache
 def _whole_runs() -> Draft202012Validator:
-    from smt_peft.training.json_schema import json_schema
+    from smt_peft.training.yaml.json_schema import json_schema
 
     return Draft202012Validator(json_schema())
 

@@ -13,7 +13,7 @@ from pages import ROOT, rows
 from peft import LoraConfig
 
 from smt_peft.config import SMTConfig
-from smt_peft.training.aliases import ALIASES, REFUSED
+from smt_peft.training.yaml.aliases import ALIASES, REFUSED
 
 ROWS = [(cells[0], cells[1]) for cells in rows(ROOT / "docs" / "coming_from.md")]
 SAID = [(code.partition(":")[0], instead) for names, instead in ROWS for code in names]

@@ -14,7 +14,7 @@ from launch import HERE, environment, torchrun
 from test_smt_train import launched, workshop  # noqa: F401  a fixture
 from training.killing import numbers
 
-from smt_peft.training import checkpoints
+from smt_peft.training.stopping import checkpoints
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed; see `make engines`")
 

@@ -17,7 +17,7 @@ from smt_peft.blocks import BlockSelection
 from smt_peft.plan.plan import Plan, plan
 from smt_peft.plan.table import plan_or_why_not, shown, size, table
 from smt_peft.training.errors import ConfigError
-from smt_peft.training.schema import load_run
+from smt_peft.training.yaml.schema import load_run
 
 TINY = {
     "model_type": "llama",

@@ -9,7 +9,7 @@ from torch import nn
 from smt_peft.optim import SMTAdamW
 from smt_peft.plan.packed import Packing
 from smt_peft.plan.state import optimizer
-from smt_peft.training.schema import SMT_OPTIMIZERS
+from smt_peft.training.yaml.schema import SMT_OPTIMIZERS
 
 SHAPES = [(6, 16, 16), (1, 8, 40), (24, 40), (24,)]
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from smt_peft.export.merge import load_adapter, merge_adapter
 from smt_peft.training.adapters import check_mergeable, train_adapter
 from smt_peft.training.errors import ConfigError
-from smt_peft.training.schema import load_run
+from smt_peft.training.yaml.schema import load_run
 
 
 def test_another_method_trains_on_the_rows_of_a_run_and_is_merged(workshop, tmp_path):

@@ -6,9 +6,9 @@ import pytest
 from runs import ROOT, write_jsonl
 from test_schema import errors_of
 
-from smt_peft.training.aliases import ALIASES, REFUSED
-from smt_peft.training.keys import known_keys
-from smt_peft.training.schema import load_run
+from smt_peft.training.yaml.aliases import ALIASES, REFUSED
+from smt_peft.training.yaml.keys import known_keys
+from smt_peft.training.yaml.schema import load_run
 
 
 def test_an_alias_is_no_key_and_stands_for_one():

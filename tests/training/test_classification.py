@@ -30,8 +30,8 @@ from transformers import (
 from smt_peft import BlockSelection, cli, select_blocks
 from smt_peft.training import outputs
 from smt_peft.training.run import choose, prepare, train
-from smt_peft.training.schema import load_run
 from smt_peft.training.tasks.classification import scores
+from smt_peft.training.yaml.schema import load_run
 
 SIZES = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 257}
 WORDS = {"good": ("ooooo", "oooo", "ooo"), "bad": ("aaaaa", "aaaa", "aaa"), "plain": ("iiiii", "iiii", "iii")}

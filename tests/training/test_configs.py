@@ -66,7 +66,7 @@ def test_a_shipped_file_passes_a_dry_run(name, tmp_path, monkeypatch, capsys):
     form, template, changed = SHIPPED[name]
     if not find_spec("bitsandbytes"):
         # A dry run quantises nothing; that a training would need the package has a test of its own.
-        monkeypatch.setattr("smt_peft.training.checks.find_spec", lambda name: True)
+        monkeypatch.setattr("smt_peft.training.yaml.checks.find_spec", lambda name: True)
     monkeypatch.chdir(tmp_path)
     rows = [ROWS[form]] * 4
     if form == "text/label":

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from smt_peft import cli, select_blocks
 from smt_peft.training import outputs
 from smt_peft.training.run import choose, prepare, train
-from smt_peft.training.schema import load_run
+from smt_peft.training.yaml.schema import load_run
 
 PAIRS = [
     {"prompt": f"upper: word{i % 7}\n", "chosen": f"WORD{i % 7}", "rejected": f"word{i % 7}, lower"} for i in range(32)

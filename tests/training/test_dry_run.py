@@ -10,7 +10,7 @@ from smt_peft import cli
 from smt_peft.training.dry_run import dry_run
 from smt_peft.training.errors import ConfigError
 from smt_peft.training.sample import marked
-from smt_peft.training.schema import load_run
+from smt_peft.training.yaml.schema import load_run
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from runs import ROOT
 
 from smt_peft import cli
-from smt_peft.training.aliases import ALIASES, REFUSED
-from smt_peft.training.json_schema import documented, json_schema
-from smt_peft.training.keys import TRAINERS, RunConfig, Warmup, known_keys
+from smt_peft.training.yaml.aliases import ALIASES, REFUSED
+from smt_peft.training.yaml.json_schema import documented, json_schema
+from smt_peft.training.yaml.keys import TRAINERS, RunConfig, Warmup, known_keys
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 

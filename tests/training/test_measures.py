@@ -19,7 +19,7 @@ from smt_peft.report.words import percent
 from smt_peft.training import outputs
 from smt_peft.training.measures import MEASUREMENTS, Measures, command, measure_effective_update
 from smt_peft.training.run import select, train
-from smt_peft.training.schema import load_run
+from smt_peft.training.yaml.schema import load_run
 from smt_peft.tuner.delta import SMTBlocks
 
 

@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 from smt_peft.optim import SMTAdamW
 from smt_peft.training import outputs
 from smt_peft.training.errors import ConfigError
-from smt_peft.training.keys import SMT_OPTIMIZERS
 from smt_peft.training.run import train
-from smt_peft.training.schema import load_run
+from smt_peft.training.yaml.keys import SMT_OPTIMIZERS
+from smt_peft.training.yaml.schema import load_run
 
 # Numbers other than the defaults, and a norm that is clipped at every step.
 NUMBERS = {"weight_decay": 0.2, "adam_beta1": 0.85, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "max_grad_norm": 0.3}

@@ -10,7 +10,7 @@ from runs import smt
 from safetensors.torch import load_file
 
 from smt_peft.training.errors import ConfigError
-from smt_peft.training.schema import load_run
+from smt_peft.training.yaml.schema import load_run
 
 pytest.importorskip("bitsandbytes")
 
@@ -61,6 +61,6 @@ def test_keys_that_contradict_each_other(workshop, keys, message):
 
 
 def test_without_bitsandbytes_the_key_names_what_to_install(workshop, monkeypatch):
-    monkeypatch.setattr("smt_peft.training.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("smt_peft.training.yaml.checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="load_in_4bit needs bitsandbytes, which is not installed: pip install"):
         load_run(workshop.write("missing", load_in_4bit=True))

@@ -18,8 +18,8 @@ from smt_peft.report.html import HTML
 from smt_peft.training import outputs
 from smt_peft.training.errors import ConfigError, VerificationError
 from smt_peft.training.run import select, train
-from smt_peft.training.schema import load_run
 from smt_peft.training.verify import verify_saved
+from smt_peft.training.yaml.schema import load_run
 
 
 def losses(metrics: dict) -> dict[int, tuple[float, float]]:

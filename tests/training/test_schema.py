@@ -9,8 +9,8 @@ import pytest
 
 from smt_peft.training.data.forms import FORMS
 from smt_peft.training.errors import ConfigError
-from smt_peft.training.keys import TASK_FORMS, RunConfig, known_keys
-from smt_peft.training.schema import load_run
+from smt_peft.training.yaml.keys import TASK_FORMS, RunConfig, known_keys
+from smt_peft.training.yaml.schema import load_run
 
 
 def errors_of(path, *overrides: str) -> list[str]:

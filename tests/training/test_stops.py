@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from smt_peft import cli
-from smt_peft.training import checkpoints, lock, outputs, signals
+from smt_peft.training import outputs
 from smt_peft.training.errors import ConfigError, DivergedError, Interrupted, StoppedError
 from smt_peft.training.run import select, train
-from smt_peft.training.schema import load_run
+from smt_peft.training.stopping import checkpoints, lock, signals
+from smt_peft.training.yaml.schema import load_run
 
 SETTINGS = {
     # Epochs of 6 steps, of which the second is left half way; neither logs nor checkpoints fall on their ends, nor both
@@ -194,7 +195,7 @@ def test_a_run_without_checkpoints_is_not_trained_again_for_its_verification(wor
         with pytest.raises(Interrupted, match="goes on with what comes after the training"):
             train(load_run(path))
     unfinished = json.loads((tmp_path / "out" / outputs.UNFINISHED).read_text())
-    monkeypatch.setattr("smt_peft.training.trainer.SafeTraining.train", killed)
+    monkeypatch.setattr("smt_peft.training.stopping.trainer.SafeTraining.train", killed)
     metrics = train(load_run(path))
     assert metrics["verified"] and numbers(metrics) == numbers(unfinished)
 

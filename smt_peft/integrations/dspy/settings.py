@@ -88,7 +88,7 @@ def prepare_run(
     directory = _new_directory(settings.pop("output_dir", None), base)
     from ...training.adapters import train_adapter
     from ...training.run import train
-    from ...training.schema import load_run
+    from ...training.yaml.schema import load_run
 
     data, run_yaml = directory / "train.jsonl", directory / "train.yaml"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -115,7 +115,7 @@ def prepare_run(
 
 def _as_block(config: SMTConfig, directory: Path) -> dict[str, Any]:
     """The settings of a config as the `smt:` block of a run."""
-    from ...training.keys import known_keys
+    from ...training.yaml.keys import known_keys
 
     if callable(config.score) and config.selection is None:
         raise ConfigError(

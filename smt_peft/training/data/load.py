@@ -22,7 +22,7 @@ from .template import conversation_check
 
 if TYPE_CHECKING:
     # Not at run time: the schema of a run asks the sources what is wrong with them.
-    from ..keys import RunConfig
+    from ..yaml.keys import RunConfig
 
 QUIET_ROWS = 50_000
 

@@ -26,14 +26,14 @@ from ..data.load import Data, read_evaluation, read_train
 from ..data.read import Reading
 from ..errors import ConfigError
 from ..model import Head, load_base, load_tokenizer, passes_as_adapted
+from ..stopping.trainer import safe
 from ..tell import tell
 from ..tokens import at_rest
-from ..trainer import safe
 from .arguments import ClassificationConfig
 from .task import Prepared, Task, evaluated
 
 if TYPE_CHECKING:
-    from ..schema import Run
+    from ..yaml.schema import Run
 
 SHOWN = 10
 # A tokenizer that knows no longest row says 1e30.

@@ -25,12 +25,12 @@ from ..errors import ConfigError
 from ..model import passes_as_adapted
 from ..preview import IGNORED
 from ..sample import has_colour, marked
+from ..stopping.trainer import safe
 from ..tokens import at_rest
-from ..trainer import safe
 from .task import LossFunction, Prepared, Task, evaluated
 
 if TYPE_CHECKING:
-    from ..schema import Run
+    from ..yaml.schema import Run
 
 # What an evaluation finds, by the name that a run gives it.
 _MEASURES = {

@@ -14,12 +14,12 @@ from ..errors import ConfigError
 from ..evaluate import exact_match
 from ..model import passes_as_adapted
 from ..sample import render_sample
+from ..stopping.trainer import safe
 from ..tokens import at_rest
-from ..trainer import safe
 from .task import Prepared, Task, evaluated
 
 if TYPE_CHECKING:
-    from ..schema import Run
+    from ..yaml.schema import Run
 
 
 class Sft(Task):

@@ -10,7 +10,7 @@ from .sft import Sft
 from .task import Task
 
 if TYPE_CHECKING:
-    from ..schema import Run
+    from ..yaml.schema import Run
 
 TASKS: dict[str, Task] = {"sft": Sft(), "dpo": Dpo(), "classification": Classification()}
 

@@ -18,7 +18,7 @@ from ..launched import unprepare
 from ..model import Head, load_base, load_tokenizer, weightless
 
 if TYPE_CHECKING:
-    from ..schema import Run
+    from ..yaml.schema import Run
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 

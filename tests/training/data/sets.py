@@ -9,7 +9,7 @@ from helpers import byte_tokenizer
 from trl import SFTConfig
 
 from smt_peft.training.data.load import Data, load_data
-from smt_peft.training.keys import RunConfig
+from smt_peft.training.yaml.keys import RunConfig
 
 # Marks what the assistant says with the token that ends its turn, and insists that users and assistants alternate.
 TEMPLATE = (

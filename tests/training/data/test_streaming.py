@@ -10,7 +10,7 @@ from runs import write_jsonl
 from sets import TEMPLATE
 
 from smt_peft.training.run import prepare, train
-from smt_peft.training.schema import load_run
+from smt_peft.training.yaml.schema import load_run
 
 
 def chat(number: int) -> dict:

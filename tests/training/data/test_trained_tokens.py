@@ -15,7 +15,7 @@ from sets import TEMPLATE, write
 from smt_peft.training.errors import ConfigError
 from smt_peft.training.preview import preview
 from smt_peft.training.run import prepare
-from smt_peft.training.schema import load_run
+from smt_peft.training.yaml.schema import load_run
 
 CHAT = [
     {"role": "user", "content": "hi"},

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .errors import Interrupted
+from ..errors import Interrupted
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

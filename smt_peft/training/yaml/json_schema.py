@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter
 
-from ..config import BUDGETS, SCORES, SMTConfig
+from ...config import BUDGETS, SCORES, SMTConfig
 from .aliases import ALIASES
 from .keys import SMT_OPTIMIZERS, TRAINER_OPTIMIZERS, TRAINERS, RunConfig, Warmup, known_keys
 from .values import adapter

@@ -10,7 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 
 def read_yaml(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Source]:

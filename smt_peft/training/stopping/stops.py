@@ -12,11 +12,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from . import outputs
+from .. import outputs
+from ..errors import DiskFullError, DivergedError, Interrupted, StoppedError
+from ..yaml.schema import Run
 from .checkpoints import is_full, last_checkpoint
-from .errors import DiskFullError, DivergedError, Interrupted, StoppedError
 from .lock import locked
-from .schema import Run
 from .signals import interrupting
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 # Workers that load data notice within 5 s that their run was killed, and hold its lock until then.
 PATIENCE = 10.0

@@ -9,13 +9,13 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig, SFTConfig
 
-from ..config import RECORDED, SMTConfig
-from ..selection.warmup import WARMUP_BATCHES
+from ...config import RECORDED, SMTConfig
+from ...selection.warmup import WARMUP_BATCHES
+from ..data.forms import FORMS
+from ..data.labelled import labelled
+from ..data.preferences import PREFERENCES
+from ..tasks.arguments import ClassificationConfig
 from .aliases import ALIASES
-from .data.forms import FORMS
-from .data.labelled import labelled
-from .data.preferences import PREFERENCES
-from .tasks.arguments import ClassificationConfig
 
 AUTO = "auto"
 TRAINER_OPTIMIZERS = tuple(name.value for name in OptimizerNames)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..config import SMTConfig
+from ...config import SMTConfig
+from ..tell import tell
 from .aliases import ALIASES, REFUSED, translate
 from .checks import check_files, check_optim, check_presence, check_quantisation, check_task
 from .keys import (
@@ -32,7 +33,6 @@ from .keys import (
     tasks_with,
 )
 from .source import Errors, Source, read_yaml
-from .tell import tell
 from .values import faults
 
 

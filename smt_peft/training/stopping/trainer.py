@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..errors import DiskFullError, DivergedError, Interrupted, StoppedError
 from . import checkpoints
-from .errors import DiskFullError, DivergedError, Interrupted, StoppedError
 from .signals import Request, name, requesting
 
 # Where the trainer's state keeps what is not in it by itself; `state` in JSON has this place for callbacks.

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .data.source import file_errors, mixture_errors
+from ..data.source import file_errors, mixture_errors
 from .keys import AUTO, SMT_OPTIMIZERS, TASK_FORMS, TRAINER_OPTIMIZERS, RunConfig
 from .source import Errors
 

@@ -17,6 +17,8 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ...export.aside import sync
+
 CONTENTS = "contents.json"
 # What is being written, and what is being deleted. Neither is looked into; the next start removes both.
 SAVING, DELETING = "saving.part", "deleting.part"
@@ -87,31 +89,6 @@ def clean(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a directory lies on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        # Some network file systems know no such thing for directories.
-        if not path.is_dir():
-            raise
-    finally:
-        os.close(handle)
-
-
-def is_full(error: BaseException | None, directory: Path) -> bool:
-    """Whether an error, or what it came from, is for want of room; ask before anything is removed.
-
-    Libraries in other languages have but words for it, and PyTorch's writer not even these.
-    """
-    while error is not None:
-        if getattr(error, "errno", None) in _FULL or "No space left" in str(error) or "quota" in str(error):
-            return True
-        error = error.__cause__
-    return directory.is_dir() and shutil.disk_usage(directory).free < 2**20
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

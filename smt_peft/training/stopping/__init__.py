@@ -1,0 +1,1 @@
+"""What happens when a run is stopped, from outside or by itself, and how it goes on."""

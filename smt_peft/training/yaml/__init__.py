@@ -1,0 +1,1 @@
+"""The YAML of a run: its keys, their checks, and where each value stands."""

@@ -115,11 +115,11 @@ def test_a_base_without_safetensors_is_looked_at_when_loaded(ready):
     assert found == {"files": True, "blocks": None, "base": None, "reload": True, "merge": True}
 
 
-def test_of_a_classifier_the_files_are_checked(tmp_path):
+def test_of_what_is_neither_language_model_nor_classifier_the_files_are_checked(tmp_path):
     save(tmp_path, tiny_llama)
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "task_type": "SEQ_CLS"}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "task_type": "TOKEN_CLS"}))
     found = outcome(verify_adapter(tmp_path / "adapter", merged_dir=tmp_path / "merged"))
     assert found == {"files": True, "blocks": True, "base": True, "reload": None, "merged": True}
 

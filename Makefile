@@ -84,14 +84,16 @@ $(AXOLOTL): $(READY)
 		"datasets==4.8.4" "trl==1.9.0" "axolotl-contribs-lgpl==0.0.7" "axolotl-contribs-mit==0.0.6" \
 		"bitsandbytes==0.50.2" "posthog==6.7.11" "python-dotenv==1.0.1" addict art backoff colorama distro einops \
 		evaluate fastcore fire httpcore httpx "numba>=0.63.1,<1" llvmlite six termcolor wandb platformdirs protobuf \
-		opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions
+		opentelemetry-api opentelemetry-sdk opentelemetry-semantic-conventions importlib_metadata zipp \
+		requests urllib3 certifi idna charset-normalizer anyio h11 attrs
 	touch $(AXOLOTL)
 
 $(MS_SWIFT): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(MS_SWIFT) \
 		"ms-swift==4.6.0" "transformers==5.19.0" "datasets==4.8.4" "trl==0.29.1" modelscope modelscope_hub addict aiohttp \
 		aiohappyeyeballs aiosignal attrdict binpacking cffi cryptography dacite einops frozenlist httpcore httpx \
-		json-repair multidict propcache pycparser simplejson six yarl
+		json-repair multidict propcache pycparser simplejson six yarl \
+		requests urllib3 certifi idna charset-normalizer anyio h11 attrs
 	touch $(MS_SWIFT)
 
 # Without LiteLLM, OpenAI's client and GEPA, which it loads when they are asked for: LiteLLM would take huggingface_hub,

@@ -91,6 +91,18 @@ def clean(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def is_full(error: BaseException | None, directory: Path) -> bool:
+    """Whether an error, or what it came from, is for want of room; ask before anything is removed.
+
+    Libraries in other languages have but words for it, and PyTorch's writer not even these.
+    """
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL or "No space left" in str(error) or "quota" in str(error):
+            return True
+        error = error.__cause__
+    return directory.is_dir() and shutil.disk_usage(directory).free < 2**20
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The trainer's state of a checkpoint; empty when it cannot be read."""
     try:

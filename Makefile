@@ -100,7 +100,7 @@ $(MS_SWIFT): $(READY)
 # filelock and importlib_metadata back by a major version, and fetches prices from the network as it is imported.
 $(DSPY): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(DSPY) \
-		"dspy>=3.4,<4" diskcache json-repair cachetools orjson tenacity cloudpickle \
+		"dspy>=3.4,<4" attrs diskcache json-repair cachetools orjson tenacity cloudpickle \
 		requests urllib3 certifi idna charset-normalizer
 	touch $(DSPY)
 

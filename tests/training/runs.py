@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,3 +58,27 @@ class Finished:
     process: subprocess.CompletedProcess
     directory: Path
     yaml: Path
+
+
+def losses(metrics: dict) -> dict[int, tuple[float, float]]:
+    return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in metrics["log_history"] if "loss" in entry}
+
+
+def assert_resumed_alike(workshop: Workshop, **settings) -> None:
+    """A run of 8 steps, taken back to its checkpoint of step 4, ends again with the same losses and weights."""
+    # Not at the top: the command line alone needs no TRL.
+    from smt_peft.training import outputs
+    from smt_peft.training.run import train
+    from smt_peft.training.yaml.schema import load_run
+
+    path = workshop.write("resumed", save_strategy="steps", save_steps=4, **settings)
+    directory = workshop.directory / "resumed"
+    straight = train(load_run(path))
+    weights = load_file(directory / "adapter_model.safetensors")
+    shutil.rmtree(directory / "checkpoint-8")
+    for name in (outputs.METRICS, outputs.REPORT, outputs.PICTURE, "adapter_model.safetensors", "adapter_config.json"):
+        (directory / name).unlink()
+    resumed = train(load_run(path, ["resume_from_checkpoint=true"]))
+    assert losses(resumed) == losses(straight) and sorted(losses(resumed)) == list(range(1, 9))
+    again = load_file(directory / "adapter_model.safetensors")
+    assert all(torch.equal(again[key], weights[key]) for key in weights)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import byte_tokenizer
 from peft import PeftModel
-from runs import Workshop, smt, write_jsonl
-from safetensors.torch import load_file
+from runs import Workshop, assert_resumed_alike, smt, write_jsonl
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -82,10 +80,6 @@ def whole(reviews):
     return done, directory, json.loads((directory / outputs.METRICS).read_text())
 
 
-def losses(metrics: dict) -> dict[int, tuple[float, float]]:
-    return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in metrics["log_history"] if "loss" in entry}
-
-
 def test_a_run_learns_the_classes_saves_and_verifies(whole):
     done, directory, metrics = whole
     assert metrics["after"]["eval_loss"] < metrics["before"]["eval_loss"]
@@ -146,17 +140,7 @@ def test_f1_is_the_mean_over_the_classes():
 
 
 def test_it_resumes_with_the_losses_of_one_that_never_stopped(reviews):
-    path = reviews.write("resumed", save_strategy="steps", save_steps=4, verify=True)
-    directory = reviews.directory / "resumed"
-    straight = train(load_run(path))
-    weights = load_file(directory / "adapter_model.safetensors")
-    shutil.rmtree(directory / "checkpoint-8")
-    for name in (outputs.METRICS, outputs.REPORT, outputs.PICTURE, "adapter_model.safetensors", "adapter_config.json"):
-        (directory / name).unlink()
-    resumed = train(load_run(path, ["resume_from_checkpoint=true"]))
-    assert losses(resumed) == losses(straight) and sorted(losses(resumed)) == list(range(1, 9))
-    again = load_file(directory / "adapter_model.safetensors")
-    assert all(torch.equal(again[key], weights[key]) for key in weights)
+    assert_resumed_alike(reviews, verify=True)
 
 
 @pytest.mark.parametrize("name", ["roberta", "deberta", "modernbert", "llama"])

@@ -12,8 +12,7 @@ import torch
 import trl
 from helpers import byte_tokenizer
 from peft import PeftModel
-from runs import Workshop, smt, write_jsonl
-from safetensors.torch import load_file
+from runs import Workshop, assert_resumed_alike, losses, smt, write_jsonl
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,10 +58,6 @@ def whole(preferences):
     assert done.returncode == 0, done.stderr
     directory = preferences.directory / "whole"
     return done, directory, json.loads((directory / outputs.METRICS).read_text())
-
-
-def losses(metrics: dict) -> dict[int, tuple[float, float]]:
-    return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in metrics["log_history"] if "loss" in entry}
 
 
 def answer_logps(model, tokenizer, row: dict) -> list[torch.Tensor]:
@@ -153,17 +148,7 @@ def from_logps(chosen: torch.Tensor, rejected: torch.Tensor, beta: float = 0.1) 
 
 
 def test_it_resumes_with_the_losses_of_one_that_never_stopped(preferences):
-    path = preferences.write("resumed", save_strategy="steps", save_steps=4)
-    directory = preferences.directory / "resumed"
-    straight = train(load_run(path))
-    weights = load_file(directory / "adapter_model.safetensors")
-    shutil.rmtree(directory / "checkpoint-8")
-    for name in (outputs.METRICS, outputs.REPORT, outputs.PICTURE, "adapter_model.safetensors", "adapter_config.json"):
-        (directory / name).unlink()
-    resumed = train(load_run(path, ["resume_from_checkpoint=true"]))
-    assert losses(resumed) == losses(straight) and sorted(losses(resumed)) == list(range(1, 9))
-    again = load_file(directory / "adapter_model.safetensors")
-    assert all(torch.equal(again[key], weights[key]) for key in weights)
+    assert_resumed_alike(preferences)
 
 
 def test_the_reference_may_be_computed_beforehand(preferences):

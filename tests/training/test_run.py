@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from runs import write_jsonl
+from runs import losses, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,10 +20,6 @@ from smt_peft.training.errors import ConfigError, VerificationError
 from smt_peft.training.run import select, train
 from smt_peft.training.verify import verify_saved
 from smt_peft.training.yaml.schema import load_run
-
-
-def losses(metrics: dict) -> dict[int, tuple[float, float]]:
-    return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in metrics["log_history"] if "loss" in entry}
 
 
 def test_a_run_saves_everything_and_verifies_it(finished):

@@ -26,11 +26,6 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def checkpoints(directory: Path) -> list[Path]:
-    """The whole checkpoints of a run, the earliest first."""
-    return [path for path in _numbered(directory) if is_whole(path)]
-
-
 def last_checkpoint(directory: Path) -> Path | None:
     """The latest whole checkpoint, or None."""
     return next((path for path in reversed(_numbered(directory)) if is_whole(path)), None)

@@ -45,6 +45,9 @@ FAMILY: dict[str, dict[str, Any]] = {
     "activation": CHOSEN | {"score": "activation", "block_size": [-1, 1], "spread": "free"},
     "released": CHOSEN | {"score": "mean_abs", "budget": "global", "spread": "free"},
 }
+#: What related methods add to SMT: a row each of docs/neighbours.md.
+NEIGHBOURS: dict[str, dict[str, Any]] = {}
+FAMILY |= NEIGHBOURS
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,11 @@ def transfer() -> Iterator[Cell]:
         yield from (cell(task, "smt", 2, warmup_task=other) for other in SKILLS if other != task)
 
 
+def neighbours() -> Iterator[Cell]:
+    for name in ("smt", *NEIGHBOURS):
+        yield from (cell(task, name, 2) for task in SKILLS)
+
+
 STUDIES: dict[str, Callable[[], Iterator[Cell]]] = {
     "core": lambda: core(SKILLS, (2, 6)),
     "encoder": lambda: core(("docstrings",), (8, 2)),
@@ -179,6 +187,7 @@ STUDIES: dict[str, Callable[[], Iterator[Cell]]] = {
     "rivals": rivals,
     "encoder-blocks": encoder_blocks,
     "longer": longer,
+    "neighbours": neighbours,
 }
 
 

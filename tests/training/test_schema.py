@@ -22,6 +22,7 @@ def errors_of(path, *overrides: str) -> list[str]:
 def test_our_own_keys_are_these():
     """A new key is a promise: it belongs here only when neither TRL nor SMTConfig has one for it."""
     assert set(RunConfig.__dataclass_fields__) == {
+        "preset",
         "task",
         "model_name_or_path",
         "dtype",

@@ -55,6 +55,7 @@ class RunConfig:
 
     Args:
         model_name_or_path: the base model: a local directory or a name on the Hub.
+        preset: settings of a paper, by name (`smt_peft/presets`); keys that are given change them.
         task: what is learned: the next tokens of texts and answers (`sft`), which of two answers is the better one
             (`dpo`), or the class of a text (`classification`).
         dtype: of the base weights; None stands for float32 on a CPU and `"auto"` (the checkpoint's own) elsewhere.
@@ -86,6 +87,7 @@ class RunConfig:
     """
 
     model_name_or_path: str
+    preset: str | None = None
     task: Literal["sft", "dpo", "classification"] = "sft"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     load_in_4bit: bool = False

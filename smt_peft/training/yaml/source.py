@@ -11,13 +11,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..errors import ConfigError
+from .beneath import settings_beneath
 
 
 def read_yaml(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Source]:
-    """The settings of a file with overrides applied and interpolations resolved, and where each of them stands.
+    """The settings of a file with its preset beneath, overrides applied and interpolations resolved, and where each of
+    them stands.
 
     Raises:
-        ConfigError: there is no file, or it is no mapping in valid YAML, or an override is no `key=value`.
+        ConfigError: there is no file, or it is no mapping in valid YAML, an override is no `key=value`, or there is no
+            such preset.
     """
     if not path.is_file():
         raise ConfigError(f"there is no YAML file at {path}; pass the path of one, e.g. configs/quickstart.yaml")
@@ -29,8 +32,10 @@ def read_yaml(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Sou
         loaded = OmegaConf.load(path) if root is not None else OmegaConf.create({})
         if not isinstance(root, yaml.MappingNode | None):
             raise ConfigError(f"{path}, line 1: a run is a mapping of `key: value` lines")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_container(merged, resolve=True), Source(str(path), dict(_lines(root)), overrides)
+        given = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        source = Source(str(path), dict(_lines(root)), overrides)
+        merged = OmegaConf.merge(OmegaConf.create(settings_beneath(given, source)), given)
+        return OmegaConf.to_container(merged, resolve=True), source
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
@@ -52,7 +57,7 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]
 
 
 class Source:
-    """Where the keys of a run stand: on a line of the file, on the command line, or nowhere.
+    """Where the keys of a run stand: on a line of the file, on the command line, in a preset, or nowhere.
 
     A key is a dotted path, `smt.density` or `dataset_path.1`. What is not found itself stands where its parent does.
 
@@ -66,6 +71,8 @@ class Source:
         self.path, self.lines, self.overrides = path, lines, tuple(overrides)
         self.overridden = {override.split("=", 1)[0] for override in overrides}
         self.written_as: dict[str, str] = {}
+        self.preset: str | None = None
+        self.in_preset: set[str] = set()
 
     def rename(self, alias: str, key: str) -> None:
         """`key` stands where `alias` does."""
@@ -82,6 +89,8 @@ class Source:
         line, alias = self.line(key), f" ({self.written_as[key]})" if key in self.written_as else ""
         if self.is_overridden(key):
             return "command line" + alias
+        if key in self.in_preset and key not in self.lines:
+            return f"{self.path}, preset {self.preset}"
         return f"{self.path}, line {line}{alias}" if line else self.path
 
     def origin(self, key: str) -> str:
@@ -91,7 +100,9 @@ class Source:
             return "command line" + alias
         found = next((part for part in self._path(key) if part in self.lines), "")
         # A block that is given says nothing of what it leaves out.
-        return f"line {self.lines[found]}{alias}" if found == self._written(key) else "default"
+        if found == self._written(key):
+            return f"line {self.lines[found]}{alias}"
+        return f"preset {self.preset}" if key in self.in_preset else "default"
 
     def _written(self, key: str) -> str:
         return self.written_as.get(key, key)

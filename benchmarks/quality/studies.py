@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from smt_peft.presets import preset
+
 from .docstrings import Docstrings
 from .methods import RIVALS, SMT, START
 from .skills import Skill
@@ -46,7 +48,9 @@ FAMILY: dict[str, dict[str, Any]] = {
     "released": CHOSEN | {"score": "mean_abs", "budget": "global", "spread": "free"},
 }
 #: What related methods add to SMT: a row each of docs/neighbours.md.
-NEIGHBOURS: dict[str, dict[str, Any]] = {}
+NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "lisa": CHOSEN | {"schedules": preset("lisa")},
+}
 FAMILY |= NEIGHBOURS
 
 

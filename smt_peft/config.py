@@ -49,6 +49,7 @@ RECORDED = frozenset(
     }
 )
 SPREADS = ("free", "capped", "assignment")
+COUPLED = ("both", "consumers")
 FORWARDS = ("auto", "additive", "swap", "overlay")
 MIN_AUTO_SIDE, MAX_AUTO_SIDE = 4, 256
 DEFAULT_DENSITY = 0.01
@@ -99,6 +100,12 @@ class SMTConfig(PeftConfig):
         max_column_share: at most this share of a matrix's column stripes holds blocks, in (0, 1]. Fewer columns mean
             fewer activations kept for the backward pass.
         max_lora_rank: keeps the rank of every matrix's delta at or below this, so that it has an exact LoRA form.
+        coupled: chooses channels that several matrices share instead of blocks of each (S2FT, arXiv 2412.06289): the
+            rows of gate and up with the columns of down, the rows of v of a key/value head with the columns of o of the
+            query heads that read it. `"both"` trains what is targeted of them, `"consumers"` down and o alone, as the
+            paper's experiments do. A channel is ranked by the mean score of its weights. `density` is the trained share
+            of the matrices that share channels, and of the channels; other targets stay frozen. `density_pattern` goes
+            by the matrix that reads the channels, and those that one pattern matches share a budget within `budget`.
         selection: a `BlockSelection` or the path of one. Runtime only: never written into the saved config.
         block_pattern: `{module: [num_blocks, rows, cols]}`, filled in when blocks are chosen; it fixes the shapes of
             an adapter before its weights are read.
@@ -135,6 +142,7 @@ class SMTConfig(PeftConfig):
     spread: Literal["free", "capped", "assignment"] = "assignment"
     max_column_share: float | None = None
     max_lora_rank: int | None = None
+    coupled: Literal["both", "consumers"] | None = None
     selection: BlockSelection | str | None = field(default=None, repr=False, metadata={"runtime": True})
     block_pattern: dict[str, list[int]] | None = None
     forward: Literal["auto", "additive", "swap", "overlay"] = "auto"
@@ -160,6 +168,7 @@ class SMTConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.SMT
         self._check_targets()
+        self._check_coupled()
         self._check_amount()
         self._check_choice()
         self._check_runtime()
@@ -275,6 +284,31 @@ class SMTConfig(PeftConfig):
             raise ValueError(f"target_parameters must be a list of parameter names or None, got {names!r}")
         if names is not None:
             self.target_parameters = sorted(set(names))
+
+    def _check_coupled(self) -> None:
+        if self.coupled is None:
+            return
+        if self.coupled not in COUPLED:
+            raise ValueError(
+                "coupled must be 'both' (all of a channel trains), 'consumers' (its columns alone) or None, "
+                f"got {self.coupled!r}"
+            )
+        against = {
+            "block_size": (self.block_size != "auto", "a channel has the shape that its matrices give it"),
+            "num_blocks": (self.num_blocks is not None, "blocks of a channel differ in size; set density"),
+            "spread": (self.spread == "capped", "a channel is one whole stripe"),
+            "budget": (isinstance(self.budget, Mapping), "take 'per_module', 'per_layer' or 'global'"),
+            "max_column_share": (self.max_column_share is not None, "density is the share of the columns"),
+            "max_lora_rank": (self.max_lora_rank is not None, "density bounds the rank: one per row or column"),
+            "target_parameters": (self.target_parameters is not None, "channels of bare parameters are not known"),
+            "score": (self.score == "diagonal", "whole rows and columns have no diagonal; take 'random'"),
+        }
+        for name, (given, reason) in against.items():
+            if given:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} contradicts coupled={self.coupled!r}: {reason}. Leave {name} out, "
+                    "or coupled"
+                )
 
     def _check_amount(self) -> None:
         if self.density is None and self.num_blocks is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -12,6 +13,9 @@ from ..config import SMTConfig
 from .fingerprint import Weight
 from .packed import format_of, is_packed, stored
 from .sharded import is_dtensor
+
+if TYPE_CHECKING:
+    from .couplings import Coupling
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,14 @@ class Target:
         module: the base layer itself, also where an SMT layer already wraps it.
         transposed: whether the layer stores its weight as `(in_features, out_features)`, as GPT-2's `Conv1D` does.
         is_merged: whether an adapter is merged into the weight, which then is not the base's.
+        coupling: the channels it shares with other targets, where these are chosen together.
     """
 
     name: str
     module: nn.Module
     transposed: bool
     is_merged: bool = False
+    coupling: Coupling | None = None
 
     @property
     def stored(self) -> Tensor:
@@ -50,7 +56,9 @@ class Target:
         return (module.nf, module.nx) if self.transposed else (module.out_features, module.in_features)
 
     def grid(self, config: SMTConfig) -> BlockGrid:
-        """The tiling of the weight under the config's `block_size`."""
+        """The tiling of the weight under the config's `block_size`, or in channels."""
+        if self.coupling is not None:
+            return self.coupling.of(self.name)[0].grid(self.shape)
         return config.grid(self.shape, self.name)
 
     def matrices(self) -> list[Target]:

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import SMTConfig
 from ..say import once
+from .couplings import coupled_targets
 from .packed import is_packed
 from .parameters import ParameterTarget, check_unreached, find_parameters, stacked_names
 from .target import Target, is_supported
@@ -51,7 +52,7 @@ def find_targets(
         NoMatchingPeftModuleError: nothing matches; a `ValueError`, as the other.
         ValueError: a match is no `nn.Linear`, `Conv1D`, `nn.Embedding` or quantised linear layer, is never called, is
             trained in full or by token rows, or carries an adapter of another method; or a name matches a bare
-            parameter only.
+            parameter only; or channels are to be coupled and no match shares any.
     """
     named = dict(_named(model, config))
     # A saved adapter's config lists what `all-linear` stood for.
@@ -64,6 +65,8 @@ def find_targets(
     if not targets and (config.target_modules or not parameters):
         raise NoMatchingPeftModuleError(_nothing_matched(model, config))
     _check_token_rows(model, config, targets)
+    if config.coupled:
+        return coupled_targets(model, targets, config.coupled, saved=bool(config.block_pattern))
     return targets | parameters
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..blocks import BlockLayout
+from .whole import is_whole, whole_grad, whole_matmul_, whole_product
 
 # From this share of a matrix's blocks on, one dense GEMM is cheaper than gathering strips for each block
 # (CPU, 512 tokens, 1024 x 1024, blocks of 8 to 128, 2026-11).
@@ -88,7 +89,11 @@ def block_grad(
     dy_TN: Tensor, x_TK: Tensor, layout: BlockLayout, out: Tensor | None = None, accumulate: bool = False
 ) -> Tensor:
     """Gradient of the chosen blocks: `dW[b] = dY[:, rows_b]^T X[:, cols_b]`, a sampled dense-dense product."""
-    grad = _block_grad(dy_TN, x_TK, layout)
+    return deliver(_block_grad(dy_TN, x_TK, layout), out, accumulate)
+
+
+def deliver(grad: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
+    """A gradient as it is, or written or added to `out`."""
     if out is None:
         return grad
     return out.add_(grad) if accumulate else out.copy_(grad)
@@ -96,6 +101,8 @@ def block_grad(
 
 def _block_grad(dy_TN: Tensor, x_TK: Tensor, layout: BlockLayout) -> Tensor:
     dtype = accumulate_dtype(dy_TN, x_TK)
+    if is_whole(layout.grid):
+        return whole_grad(dy_TN, x_TK, layout, dtype)
     rows, cols = layout.grid.block_shape
     if len(layout) >= DENSE_SHARE * layout.grid.num_blocks:
         return block_gather(dy_TN.to(dtype).t() @ x_TK.to(dtype), layout)
@@ -121,6 +128,8 @@ def block_product(x_TK: Tensor, blocks_Brc: Tensor, layout: BlockLayout) -> Tens
         `(T, N)`, fp32 (fp64 when an operand is fp64).
     """
     dtype = accumulate_dtype(x_TK, blocks_Brc)
+    if is_whole(layout.grid):
+        return whole_product(x_TK, blocks_Brc, layout, dtype)
     rows, cols = layout.grid.block_shape
     if len(layout) >= DENSE_SHARE * layout.grid.num_blocks:
         return x_TK.to(dtype) @ dense(blocks_Brc.to(dtype), layout).t()
@@ -136,6 +145,8 @@ def block_matmul_(y_TN: Tensor, x_TK: Tensor, blocks_Brc: Tensor, layout: BlockL
     """`Y += X delta^T` in place for the chosen blocks; the products are summed wide and rounded once into `Y`."""
     rows, cols = layout.grid.block_shape
     wide = accumulate_dtype(x_TK, blocks_Brc)
+    if is_whole(layout.grid):
+        return whole_matmul_(y_TN, x_TK, blocks_Brc, layout, wide)
     if y_TN.dtype != wide or min(rows, cols) < LARGE_SIDE or len(layout) >= DENSE_SHARE * layout.grid.num_blocks:
         return y_TN.add_(block_product(x_TK, blocks_Brc, layout))
     for block, (row, col) in zip(blocks_Brc.to(wide), layout.blocks.tolist(), strict=True):

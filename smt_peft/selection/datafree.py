@@ -12,6 +12,7 @@ from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
 from ..say import once
 from .budget import PATTERNS, choose_blocks, choose_pattern, module_seed
+from .coupled import choose_coupled
 from .experts import joined, matrices
 from .scores import checked, diagonal_scores, low_rank_magnitude, magnitude, random_scores
 from .spread import diagonal_order
@@ -46,7 +47,11 @@ def select_without_data(
         score = "random"
     scores = {}
     capped = counts is None and (config.max_column_share is not None or config.max_lora_rank is not None)
-    if score in PATTERNS and not capped and (score == "diagonal" or config.spread != "capped"):
+    if config.coupled and counts is None:
+        if score != "random":
+            scores = {name: _scores(score, targets[name], grid, config) for name, grid in grids.items()}
+        blocks = choose_coupled(scores, targets, config)
+    elif score in PATTERNS and not capped and (score == "diagonal" or config.spread != "capped"):
         blocks = choose_pattern(score, grids, config, counts)
     else:
         wanted = counts if counts is not None else targets
@@ -99,6 +104,7 @@ def provenance(score: str, config: SMTConfig, targets: Mapping[str, Target]) -> 
         "spread": config.spread,
         "max_column_share": config.max_column_share,
         "max_lora_rank": config.max_lora_rank,
+        "coupled": config.coupled,
         "seed": config.seed,
         "target_modules": modules if isinstance(modules, str) else sorted(found if modules is None else modules),
         "target_parameters": config.target_parameters,

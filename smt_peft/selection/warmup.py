@@ -22,6 +22,7 @@ from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
 from ..say import say
 from .budget import choose_blocks
+from .coupled import choose_coupled
 from .datafree import check_readable, provenance, select_without_data
 from .experts import MatrixActivation, joined, matrices, tappable_experts
 from .guard import base_of, borrowed
@@ -96,7 +97,8 @@ def select_blocks(
         seen = _warm_up(model, config, taps, dataloader, num_batches, loss_fn, progress)
         scores = _finish(taps, seen)
         record = provenance(config.score_name, config, targets) | seen.record()
-        selection = BlockSelection(choose_blocks(scores, grids, config), grids, scores if keep_scores else {}, record)
+        blocks = choose_coupled(scores, tapped, config) if config.coupled else choose_blocks(scores, grids, config)
+        selection = BlockSelection(blocks, grids, scores if keep_scores else {}, record)
         selection = joined(selection, targets)
     else:
         selection = select_without_data(targets, config, keep_scores=keep_scores)

@@ -52,7 +52,7 @@ def combined_config(
     config.selection = BlockSelection(dict(blocks), dict(grids))
     config.target_modules, config.target_parameters = blocks.keys() - parameters, sorted(blocks.keys() & parameters)
     config.init_weights, config.awaits_weights = True, False
-    for field in ("exclude_modules", "layers_to_transform", "layers_pattern", "density_pattern"):
+    for field in ("exclude_modules", "layers_to_transform", "layers_pattern", "density_pattern", "coupled"):
         setattr(config, field, None)
     config.block_pattern = config.base_fingerprint = config.filled_in = None
     return config

@@ -684,3 +684,31 @@ class TestOtherBases:
         adapted = get_peft_model(model, config)
         assert adapted.peft_config["default"].base_quantization["load_in_4bit"] is True
         assert adapted.peft_config["default"].base_quantization["dtype"] == "float32"
+
+
+class Feed(nn.Module):
+    """Named as a feed-forward network, whose channels are known."""
+
+    def __init__(self, make=lambda linear: linear):
+        super().__init__()
+        torch.manual_seed(1)
+        self.fc1, self.fc2 = make(nn.Linear(32, 64)), make(nn.Linear(64, 32))
+
+    def forward(self, x):
+        return self.fc2(torch.tanh(self.fc1(x)))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao int8", "hqq"])
+def test_a_quantised_base_trains_its_channels_as_the_dequantised_one(kind):
+    packed = Feed(lambda linear: packed_linear(linear.requires_grad_(False), kind))
+    plain = Feed()
+    plain.fc1, plain.fc2 = plain_linear(packed.fc1), plain_linear(packed.fc2)
+    grads, x = [], torch.randn(5, 32)
+    for net in (packed, plain):
+        model = get_peft_model(net, SMTConfig(coupled="both", density=0.5, score="random")).train()
+        model(x).square().sum().backward()
+        found = {name.split(".")[2]: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        grads.append(found)
+    assert grads[0].keys() == grads[1].keys() == {"fc1", "fc2"}
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=2e-2 if kind == "int8" else 1e-4, atol=1e-3)

@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 from safetensors import SafetensorError, safe_open
 
+from .agreement import disagreements
 from .blocks import BlockGrid, BlockSelection
 
 SCORES = (
@@ -99,7 +100,10 @@ class SMTConfig(PeftConfig):
         max_column_share: at most this share of a matrix's column stripes holds blocks, in (0, 1]. Fewer columns mean
             fewer activations kept for the backward pass.
         max_lora_rank: keeps the rank of every matrix's delta at or below this, so that it has an exact LoRA form.
-        selection: a `BlockSelection` or the path of one. Runtime only: never written into the saved config.
+        avoid: a `BlockSelection`, the path of one, or a list of either: none of their blocks is chosen, so that the
+            adapter and theirs share no weight and add exactly. Runtime only.
+        selection: a `BlockSelection` or the path of one. Runtime only: never written into the saved config. What it
+            settles (`density`, `block_size`, `score`, ...) is left out, or set as it was made.
         block_pattern: `{module: [num_blocks, rows, cols]}`, filled in when blocks are chosen; it fixes the shapes of
             an adapter before its weights are read.
         forward: `"auto"`, or `"additive"`, `"swap"` (float bases) or `"overlay"` (quantised bases that can be
@@ -135,6 +139,9 @@ class SMTConfig(PeftConfig):
     spread: Literal["free", "capped", "assignment"] = "assignment"
     max_column_share: float | None = None
     max_lora_rank: int | None = None
+    avoid: BlockSelection | str | list[BlockSelection | str] | None = field(
+        default=None, repr=False, metadata={"runtime": True}
+    )
     selection: BlockSelection | str | None = field(default=None, repr=False, metadata={"runtime": True})
     block_pattern: dict[str, list[int]] | None = None
     forward: Literal["auto", "additive", "swap", "overlay"] = "auto"
@@ -160,14 +167,16 @@ class SMTConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.SMT
         self._check_targets()
+        self._check_runtime()
+        self._check_reuse()
         self._check_amount()
         self._check_choice()
-        self._check_runtime()
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that are saved: everything but `selection`; a callable score by its name."""
-        settings = asdict(copy_without(self, "selection"))
+        """The settings that are saved: everything but `selection` and `avoid`; a callable score by its name."""
+        settings = asdict(copy_without(copy_without(self, "selection"), "avoid"))
         settings.pop("selection")
+        settings.pop("avoid")
         settings["score"] = self.score_name
         return settings
 
@@ -276,6 +285,28 @@ class SMTConfig(PeftConfig):
         if names is not None:
             self.target_parameters = sorted(set(names))
 
+    def check_agreement(self, selection: BlockSelection) -> None:
+        """Raise `ValueError`, naming the field, when a setting is not what the selection was made with.
+
+        What has its default says nothing.
+        """
+        given = {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if getattr(self, each.name) not in (each.default, None)
+        }
+        if "score" in given:
+            given["score"] = self.score_name
+        for message in disagreements(selection, given).values():
+            raise ValueError(message)
+
+    def _check_reuse(self) -> None:
+        """Before `density` gets its default: then it shows whether it was given."""
+        if isinstance(self.selection, BlockSelection):
+            self.check_agreement(self.selection)
+        elif self.selection is not None and Path(self.selection).is_file():
+            self.check_agreement(BlockSelection.load(self.selection))
+
     def _check_amount(self) -> None:
         if self.density is None and self.num_blocks is None:
             self.density = DEFAULT_DENSITY
@@ -349,6 +380,11 @@ class SMTConfig(PeftConfig):
             raise ValueError(
                 f"selection must be a BlockSelection, the path of one, or None, got {type(self.selection).__name__}"
             )
+        given = self.avoid if isinstance(self.avoid, (list, tuple)) else [self.avoid]
+        given = [str(each) if isinstance(each, Path) else each for each in given]
+        if not all(isinstance(each, (BlockSelection, str, type(None))) for each in given):
+            raise ValueError(f"avoid must be a BlockSelection, the path of one, a list of these, or None, got {given}")
+        self.avoid = given or None if isinstance(self.avoid, (list, tuple)) else given[0]
         if not _is_int(self.seed):
             raise ValueError(f"seed must be an int, got {self.seed!r}")
         damaged = "adapter_config.json is damaged, restore it or save the adapter again"

@@ -63,6 +63,7 @@ def test_our_own_keys_are_these():
             "spread",
             "max_column_share",
             "max_lora_rank",
+            "avoid",
             "selection",
             "forward",
             "init_weights",

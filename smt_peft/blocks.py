@@ -456,8 +456,8 @@ class BlockSelection:
 
     def _combine(self, other: BlockSelection, pick) -> BlockSelection:
         grids = {**other.grids, **self.grids}
-        for name in self.grids.keys() & other.grids.keys():
-            if self.grids[name] != other.grids[name]:
+        for name in self.grids:
+            if name in other.grids and self.grids[name] != other.grids[name]:
                 raise ValueError(
                     f"{name}: the selections tile this module differently ({self.grids[name]} and "
                     f"{other.grids[name]}); make both with the same block_size"

@@ -264,8 +264,8 @@ def check_room(scope: Scope, grids: Mapping[str, BlockGrid], blocked: Mapping[st
         unit = "blocks" if scope.in_blocks else "weights"
         raise ValueError(
             f"{scope.label}: {wanted:,} {unit} are asked for, but of its {left + lost:,} only {left:,} are not among "
-            "those to avoid; lower density or num_blocks, take a selection out of avoid, or set budget='global', which "
-            "may spend elsewhere"
+            "those to avoid; lower density or num_blocks, take a selection out of avoid, set block_size to what "
+            "that has, or budget='global', which may spend elsewhere"
         )
 
 

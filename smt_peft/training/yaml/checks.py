@@ -144,9 +144,11 @@ def check_selections(good: Mapping[str, Any], errors: Errors) -> None:
     _selections("smt.avoid", good.get("smt.avoid"), errors, "leave it out")
     given = {key.removeprefix("smt."): value for key, value in good.items() if key.startswith("smt.")}
     given = {field: value for field, value in given.items() if value is not None}
+    told: dict[str, str] = {}
     for path, selection in chosen.items():
-        for field, message in disagreements(selection, given, path).items():
-            errors.add(f"smt.{field}", f"smt.{message}")
+        told = disagreements(selection, given, path) | told
+    for field, message in told.items():
+        errors.add(f"smt.{field}", f"smt.{message}")
     if not chosen or given.get("avoid") is None or errors.about("smt.avoid"):
         return
     for selection in chosen.values():

@@ -105,6 +105,17 @@ class BlockGrid:
         blocks = blocks.long().cpu()
         return int((self.heights()[blocks[:, 0]] * self.widths()[blocks[:, 1]]).sum())
 
+    def touched_by(self, layout: BlockLayout) -> Tensor:
+        """Which blocks share a weight with these, which may belong to another tiling of the matrix: bool `(R, C)`."""
+        # Every given block adds one to a rectangle of these: its corners, summed along both sides.
+        steps = torch.zeros(self.row_stripes + 1, self.col_stripes + 1, dtype=torch.int32)
+        theirs = layout.grid
+        top, bottom = _span(layout.block_rows.long().cpu(), theirs.block_rows, self.block_rows, self.rows)
+        left, right = _span(layout.block_cols.long().cpu(), theirs.block_cols, self.block_cols, self.cols)
+        for row, col, step in ((top, left, 1), (bottom, left, -1), (top, right, -1), (bottom, right, 1)):
+            steps.index_put_((row, col), torch.tensor(step, dtype=torch.int32), accumulate=True)
+        return steps.cumsum(0).cumsum(1)[:-1, :-1] > 0
+
     def flatten(self, blocks: Tensor) -> Tensor:
         """Row-major number of each block, int64 `(B,)`."""
         return blocks[:, 0].long() * self.col_stripes + blocks[:, 1].long()
@@ -147,6 +158,12 @@ def _extents(size: int, step: int) -> Tensor:
     lengths = torch.full((math.ceil(size / step),), step, dtype=torch.int64)
     lengths[-1] = size - step * (len(lengths) - 1)
     return lengths
+
+
+def _span(stripes: Tensor, width: int, own: int, full: int) -> tuple[Tensor, Tensor]:
+    """First stripe of width `own` that stripes of another width reach, and the one after the last, int64 `(B,)`."""
+    last = ((stripes + 1) * width).clamp(max=full) - 1
+    return stripes * width // own, last // own + 1
 
 
 class _Derived:
@@ -307,6 +324,12 @@ class BlockLayout:
         )
         return sketch
 
+    def meets(self, other: BlockLayout) -> bool:
+        """Whether the blocks share a weight with those of another layout of the same matrix, of any block size."""
+        touched = self.grid.touched_by(other)
+        rows, cols = self.blocks.long().cpu().unbind(1)
+        return bool(touched[rows, cols].any())
+
     def padding_mask(self) -> Tensor:
         """True where a packed block holds an element of the weight, bool `(B, block_rows, block_cols)`."""
         row_Br, col_Bc = self.lines()
@@ -433,8 +456,8 @@ class BlockSelection:
 
     def _combine(self, other: BlockSelection, pick) -> BlockSelection:
         grids = {**other.grids, **self.grids}
-        for name in self.grids.keys() & other.grids.keys():
-            if self.grids[name] != other.grids[name]:
+        for name in self.grids:
+            if name in other.grids and self.grids[name] != other.grids[name]:
                 raise ValueError(
                     f"{name}: the selections tile this module differently ({self.grids[name]} and "
                     f"{other.grids[name]}); make both with the same block_size"
@@ -447,9 +470,15 @@ class BlockSelection:
             chosen = pick(mine, theirs)
             if len(chosen):
                 combined[name] = grid.unflatten(chosen)
-        base = self.provenance.get("base_fingerprint")
-        same_base = base is not None and base == other.provenance.get("base_fingerprint")
-        return BlockSelection(combined, grids, provenance={"base_fingerprint": base} if same_base else {})
+        return BlockSelection(combined, grids, provenance=_of_both(self.provenance, other.provenance))
+
+    def num_common(self, other: BlockSelection) -> int:
+        """How many blocks are in both selections, whose tilings must be the same where both have blocks."""
+        pairs = [(self.layout(name), other.layout(name)) for name in self.blocks if name in other.blocks]
+        for mine, theirs in pairs:
+            if mine.grid != theirs.grid:
+                raise ValueError(f"blocks of {mine.grid} and of {theirs.grid} cannot be counted against each other")
+        return sum(int(torch.isin(*(each.grid.flatten(each.blocks.cpu()) for each in pair)).sum()) for pair in pairs)
 
     def save(self, path: str | Path) -> None:
         """Write the selection as a safetensors file: blocks, kept scores, grids and provenance."""
@@ -508,6 +537,17 @@ class BlockSelection:
 
 _FORMAT = "smt-selection-1"
 _HEADER = "smt_selection"
+
+
+def _of_both(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a combination: its base, where nothing speaks for two, and which targets are experts."""
+    known: dict[str, Any] = {"combined": True}
+    bases = [record.get("base_fingerprint") or {} for record in (one, other)]
+    if all(bases) and all(bases[0][name] == bases[1][name] for name in bases[0].keys() & bases[1].keys()):
+        known["base_fingerprint"] = bases[1] | bases[0]
+    if experts := {**other.get("experts", {}), **one.get("experts", {})}:
+        known["experts"] = experts
+    return known
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
             help="the run, see configs/, and keys that replace its own: learning_rate=2e-4, smt.density=0.02",
         )
         sub.add_argument("--config", metavar="RUN.yaml", help="the run, as TRL's commands take it")
+        if name == "select":
+            _add_combinations(sub)
         if name == "train":
             sub.add_argument(
                 "--dry-run",
@@ -83,7 +85,12 @@ def _parser() -> argparse.ArgumentParser:
             )
     _verb(verbs, "schema", _schema, "print the JSON schema of a run's YAML, for editors")
     sub = _verb(verbs, "merge", _merge, "write base + adapter as a plain checkpoint")
-    sub.add_argument("adapter", metavar="ADAPTER", help="directory of a saved adapter")
+    sub.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="ADAPTER",
+        help="directory of a saved adapter; several, of one base, where they share no weight",
+    )
     sub.add_argument("out", metavar="OUT", help="directory for the merged model; new or empty")
     sub.add_argument(
         "--onto",
@@ -112,6 +119,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_combinations(sub: argparse.ArgumentParser) -> None:
+    sub.usage += "\n       smt select --union|--intersection|--difference FILE FILE ... [--out FILE]"
+    group = sub.add_argument_group("instead of a run: selection files as sets").add_mutually_exclusive_group()
+    for how, text in (
+        ("union", "the blocks of any"),
+        ("intersection", "the blocks that all have"),
+        ("difference", "those of the first that no other has"),
+    ):
+        group.add_argument(f"--{how}", nargs="+", metavar="FILE", help=f"{text}; says how many blocks they share")
+    sub.add_argument("--out", metavar="FILE", help="where to write that selection; without it, it is only told")
+
+
 def _add_export(verbs) -> None:
     sub = _verb(verbs, "export", _export, "write an adapter in another form: a patch of its base, or LoRA")
     sub.add_argument("adapter", metavar="ADAPTER", help="directory of a saved adapter")
@@ -129,6 +148,7 @@ def _add_export(verbs) -> None:
         metavar="R",
         help="of lora: exact (the default), the rank at most, or with a point the share of each delta to keep, 0.95",
     )
+    sub.add_argument("--uniform-rank", action="store_true", help="of lora: one rank in all modules, zeros besides")
     sub.add_argument("--min-energy", type=float, metavar="SHARE", help="of lora: fail when less is kept in all")
     sub.epilog = f"GGUF goes by way of smt merge: {GGUF}"
 
@@ -156,12 +176,30 @@ def _take_settings(parser: argparse.ArgumentParser, args: argparse.Namespace, re
         if hasattr(args, "settings") and dashed.startswith("--"):
             hint = f"; a key of the YAML is given without dashes: {dashed.lstrip('-').partition('=')[0]}=VALUE"
         parser.error(f"unrecognized argument {dashed}{hint}")
+    if _takes_files(parser, args, rest):
+        return
     if hasattr(args, "settings"):
         words = args.settings + rest
         if args.config is None and not words:
             parser.error(f"smt {args.name} needs a run: smt {args.name} RUN.yaml [key=value ...]")
         args.overrides = words if args.config is not None else words[1:]
         args.config = args.config or words[0]
+
+
+def _takes_files(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> bool:
+    """Whether `select` combines selection files, and then needs no run."""
+    given = [(how, files) for how in ("union", "intersection", "difference") if (files := getattr(args, how, None))]
+    args.combination = given[0] if given else None
+    if not given:
+        if getattr(args, "out", None) and args.name == "select":
+            parser.error("--out goes with --union, --intersection or --difference; a run names its output_dir")
+        return False
+    how, files = given[0]
+    if args.settings or rest or args.config:
+        parser.error(f"--{how} takes selection files and no run: smt select --{how} FILE FILE --out FILE")
+    if len(files) < 2:
+        parser.error(f"--{how} takes two selection files or more, got {files[0]} alone")
+    return True
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -181,12 +219,32 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _select(args: argparse.Namespace) -> None:
+    if args.combination is not None:
+        _combine(args)
+        return
     from .training.yaml.schema import load_run
 
     run = load_run(args.config, args.overrides)
     from .training.run import select
 
     select(run)
+
+
+def _combine(args: argparse.Namespace) -> None:
+    from .blocks import BlockSelection
+    from .selection.combine import combine, overlaps
+
+    how, paths = args.combination
+    with _errors_told():
+        selections = [BlockSelection.load(path) for path in paths]
+        for path, selection in zip(paths, selections, strict=True):
+            print(f"{path}: {selection.summary()}")
+        print("\n".join(overlaps(selections, paths)))
+        selection = combine(how, selections)
+        print(f"{how}: {selection.summary()}")
+        if args.out:
+            selection.save(args.out)
+            print(f"wrote {args.out}; train with it: smt.selection={args.out}")
 
 
 def _schema(args: argparse.Namespace) -> None:
@@ -227,24 +285,27 @@ def _merge(args: argparse.Namespace) -> None:
     from .export.merge import merge_adapter
 
     with _errors_told():
-        report = merge_adapter(args.adapter, args.out, onto=args.onto)
+        report = merge_adapter(args.adapters, args.out, onto=args.onto)
         if report is not None:
             print(report)
         elif args.report:
             raise ValueError(f"{args.out} was merged in memory, so there is no report of its tensors to write")
         if args.report:
             report.save(args.report)
-    print(f"merged {args.adapter} into {args.out}; load it with transformers' from_pretrained")
+    print(f"merged {' and '.join(args.adapters)} into {args.out}; load it with transformers' from_pretrained")
 
 
 def _export(args: argparse.Namespace) -> None:
     if args.format == "lora":
         from .export.lora import export_lora
+        from .export.servers import serving_notes
 
         with _errors_told():
-            form = export_lora(args.adapter, args.out, _rank(args.rank), args.min_energy)
+            form = export_lora(args.adapter, args.out, _rank(args.rank), args.min_energy, args.uniform_rank)
         print(form)
         print(f"wrote {args.out}, rank {form.config.r}, {form.energy:.2%} kept; PEFT loads it as LoRA")
+        for note in serving_notes(form):
+            print(note)
     else:
         from .export.patch import export_patch
 

@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 from safetensors import SafetensorError, safe_open
 
+from .agreement import disagreements
 from .blocks import BlockGrid, BlockSelection
 
 SCORES = (
@@ -106,7 +107,10 @@ class SMTConfig(PeftConfig):
             paper's experiments do. A channel is ranked by the mean score of its weights. `density` is the trained share
             of the matrices that share channels, and of the channels; other targets stay frozen. `density_pattern` goes
             by the matrix that reads the channels, and those that one pattern matches share a budget within `budget`.
-        selection: a `BlockSelection` or the path of one. Runtime only: never written into the saved config.
+        avoid: a `BlockSelection`, the path of one, or a list of either: none of their blocks is chosen, so that the
+            adapter and theirs share no weight and add exactly. Runtime only.
+        selection: a `BlockSelection` or the path of one. Runtime only: never written into the saved config. What it
+            settles (`density`, `block_size`, `score`, ...) is left out, or set as it was made.
         block_pattern: `{module: [num_blocks, rows, cols]}`, filled in when blocks are chosen; it fixes the shapes of
             an adapter before its weights are read.
         forward: `"auto"`, or `"additive"`, `"swap"` (float bases) or `"overlay"` (quantised bases that can be
@@ -143,6 +147,9 @@ class SMTConfig(PeftConfig):
     max_column_share: float | None = None
     max_lora_rank: int | None = None
     coupled: Literal["both", "consumers"] | None = None
+    avoid: BlockSelection | str | list[BlockSelection | str] | None = field(
+        default=None, repr=False, metadata={"runtime": True}
+    )
     selection: BlockSelection | str | None = field(default=None, repr=False, metadata={"runtime": True})
     block_pattern: dict[str, list[int]] | None = None
     forward: Literal["auto", "additive", "swap", "overlay"] = "auto"
@@ -168,15 +175,17 @@ class SMTConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.SMT
         self._check_targets()
+        self._check_runtime()
+        self._check_reuse()
         self._check_coupled()
         self._check_amount()
         self._check_choice()
-        self._check_runtime()
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that are saved: everything but `selection`; a callable score by its name."""
-        settings = asdict(copy_without(self, "selection"))
+        """The settings that are saved: everything but `selection` and `avoid`; a callable score by its name."""
+        settings = asdict(copy_without(copy_without(self, "selection"), "avoid"))
         settings.pop("selection")
+        settings.pop("avoid")
         settings["score"] = self.score_name
         return settings
 
@@ -300,15 +309,38 @@ class SMTConfig(PeftConfig):
             "budget": (isinstance(self.budget, Mapping), "take 'per_module', 'per_layer' or 'global'"),
             "max_column_share": (self.max_column_share is not None, "density is the share of the columns"),
             "max_lora_rank": (self.max_lora_rank is not None, "density bounds the rank: one per row or column"),
+            "avoid": (self.avoid is not None, "a channel is chosen whole, whatever single blocks others have"),
             "target_parameters": (self.target_parameters is not None, "channels of bare parameters are not known"),
             "score": (self.score == "diagonal", "whole rows and columns have no diagonal; take 'random'"),
         }
         for name, (given, reason) in against.items():
             if given:
+                value = "" if name == "avoid" else f"={getattr(self, name)!r}"
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} contradicts coupled={self.coupled!r}: {reason}. Leave {name} out, "
-                    "or coupled"
+                    f"{name}{value} contradicts coupled={self.coupled!r}: {reason}. Leave {name} out, or coupled"
                 )
+
+    def check_agreement(self, selection: BlockSelection) -> None:
+        """Raise `ValueError`, naming the field, when a setting is not what the selection was made with.
+
+        What has its default says nothing.
+        """
+        given = {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if getattr(self, each.name) not in (each.default, None)
+        }
+        if "score" in given:
+            given["score"] = self.score_name
+        for message in disagreements(selection, given).values():
+            raise ValueError(message)
+
+    def _check_reuse(self) -> None:
+        """Before `density` gets its default: then it shows whether it was given."""
+        if isinstance(self.selection, BlockSelection):
+            self.check_agreement(self.selection)
+        elif self.selection is not None and Path(self.selection).is_file():
+            self.check_agreement(BlockSelection.load(self.selection))
 
     def _check_amount(self) -> None:
         if self.density is None and self.num_blocks is None:
@@ -383,6 +415,11 @@ class SMTConfig(PeftConfig):
             raise ValueError(
                 f"selection must be a BlockSelection, the path of one, or None, got {type(self.selection).__name__}"
             )
+        given = self.avoid if isinstance(self.avoid, (list, tuple)) else [self.avoid]
+        given = [str(each) if isinstance(each, Path) else each for each in given]
+        if not all(isinstance(each, (BlockSelection, str, type(None))) for each in given):
+            raise ValueError(f"avoid must be a BlockSelection, the path of one, a list of these, or None, got {given}")
+        self.avoid = given or None if isinstance(self.avoid, (list, tuple)) else given[0]
         if not _is_int(self.seed):
             raise ValueError(f"seed must be an int, got {self.seed!r}")
         damaged = "adapter_config.json is damaged, restore it or save the adapter again"

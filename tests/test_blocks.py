@@ -99,6 +99,39 @@ def test_selection_counts():
     assert "in 2 of 3 modules" in made.summary()
 
 
+@given(st.data())
+def test_the_blocks_that_share_a_weight_with_those_of_another_tiling(data):
+    theirs = data.draw(layouts(max_side=20))
+    sides = st.integers(1, 9)
+    grid = BlockGrid.fit(theirs.grid.shape, (data.draw(sides), data.draw(sides)))
+    everything = torch.cartesian_prod(torch.arange(grid.row_stripes), torch.arange(grid.col_stripes)).int()
+    mask = true_mask(theirs)
+    expected = torch.stack([(true_mask(BlockLayout(grid, block[None])) & mask).any() for block in everything])
+    touched = grid.touched_by(theirs)
+    assert torch.equal(touched.flatten(), expected)
+    for block in everything[:: max(1, len(everything) // 4)]:
+        assert BlockLayout(grid, block[None]).meets(theirs) == bool(touched[tuple(block.tolist())])
+
+
+def test_what_a_combination_knows_of_where_it_comes_from():
+    one, two = selection(0, base_fingerprint={"a": [1.0], "b": [2.0]}, density=0.1), selection(1)
+    assert (one | two).provenance == {"combined": True}
+    two.provenance |= {"base_fingerprint": {"b": [2.0], "c": [3.0]}, "experts": {"b": 2}}
+    assert (one - two | two).provenance["experts"] == {"b": 2}
+    assert (one | two).provenance["base_fingerprint"] == {"a": [1.0], "b": [2.0], "c": [3.0]}
+    two.provenance["base_fingerprint"]["b"] = [2.5]
+    assert "base_fingerprint" not in (one | two).provenance
+
+
+def test_the_blocks_in_common_are_counted():
+    one, two = selection(0), selection(1)
+    sets = [{(n, *b) for n, blocks in s.blocks.items() for b in blocks.tolist()} for s in (one, two)]
+    assert one.num_common(two) == len(sets[0] & sets[1]) and one.num_common(one) == one.num_blocks
+    coarse = BlockSelection({"a": torch.zeros(1, 2, dtype=torch.int32)}, {"a": BlockGrid.fit((20, 36), (8, 16))})
+    with pytest.raises(ValueError, match="cannot be counted against each other"):
+        one.num_common(coarse)
+
+
 def test_save_and_load_round_trip(tmp_path):
     made = selection(score="grad_abs", num_batches=3)
     made.save(tmp_path / "deep" / "s.safetensors")

@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "smt_peft"
 ALLOWED = {
     "blocks": set(),
     "say": set(),
+    "agreement": {"blocks"},
     "_register": {"config", "tuner"},
-    "config": {"blocks"},
+    "config": {"agreement", "blocks"},
     "presets": set(),
     "bases": {"blocks", "config", "say"},
     "ops": {"blocks", "say"},
@@ -27,6 +28,7 @@ ALLOWED = {
     "report": {"blocks", "config", "export", "ops", "say"},
     "training": {
         "__init__",
+        "agreement",
         "bases",
         "blocks",
         "config",
@@ -42,7 +44,7 @@ ALLOWED = {
     },
     "plan": {"bases", "blocks", "config", "ops", "selection", "training", "tuner"},
     "integrations": {"config", "export", "say", "selection", "training"},
-    "cli": {"bench", "export", "plan", "report", "say", "selection", "training"},
+    "cli": {"bench", "blocks", "export", "plan", "report", "say", "selection", "training"},
     "__init__": {"_register", "blocks", "config", "selection"},
 }
 # The hosts, and the rooms that may know them.

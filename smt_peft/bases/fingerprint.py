@@ -68,15 +68,25 @@ def mismatch(expected: Mapping[str, Sample], weights: Mapping[str, Weight]) -> s
         weight = weights.get(name)
         if weight is None or not _is_readable(weight):
             continue
-        (ours, our_step), (theirs, their_step) = _sample(weight), _from_json(values)
-        if ours.shape != theirs.shape:
-            return name
-        # The floor forgives values that fp16 flushes to zero.
-        tolerance = RELATIVE_ROUNDING * torch.maximum(ours.abs(), theirs.abs()) + 1e-7 + our_step + their_step
-        same = ((ours - theirs).abs() <= tolerance) | (ours.isnan() & theirs.isnan())
-        if not bool(same.all()):
+        if not _agree(_sample(weight), _from_json(values)):
             return name
     return None
+
+
+def difference(one: Mapping[str, Sample], other: Mapping[str, Sample]) -> str | None:
+    """Name of the first module that two fingerprints tell apart as `mismatch` does, or None when they agree."""
+    common = (name for name in one if name in other)
+    return next((name for name in common if not _agree(_from_json(one[name]), _from_json(other[name]))), None)
+
+
+def _agree(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    (ours, our_step), (theirs, their_step) = one, other
+    if ours.shape != theirs.shape:
+        return False
+    # The floor forgives values that fp16 flushes to zero.
+    tolerance = RELATIVE_ROUNDING * torch.maximum(ours.abs(), theirs.abs()) + 1e-7 + our_step + their_step
+    same = ((ours - theirs).abs() <= tolerance) | (ours.isnan() & theirs.isnan())
+    return bool(same.all())
 
 
 def _is_readable(weight: Weight) -> bool:

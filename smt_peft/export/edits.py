@@ -167,6 +167,13 @@ class Edits:
                 values[positions] = merged
         return values
 
+    def places(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Which elements of a stored tensor the blocks change, int64, counted row by row, with the module of each."""
+        for module, part in self._by_tensor.get(name, ()):
+            layout, delta = self._blocks(module)
+            for positions, _ in _elements(layout, delta, self._targets[module], part):
+                yield module, positions
+
     def _read_blocks(self, module: str) -> tuple[BlockLayout, Tensor]:
         return self.adapter.blocks(module, self._targets[module].shape)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +54,14 @@ class LoraForm:
     energies: dict[str, float]
     energy: float
 
+    def uniform(self) -> LoraForm:
+        """The same deltas with every module at the largest rank, factors padded with zeros, for programs that take one
+        rank for all (SGLang) or read no `rank_pattern`."""
+        tensors = {key: _padded(key, tensor, self.config.r) for key, tensor in self.tensors.items()}
+        config = copy.copy(self.config)
+        config.rank_pattern, config.alpha_pattern = {}, {}
+        return replace(self, config=config, tensors=tensors, ranks=dict.fromkeys(self.ranks, config.r))
+
     def __str__(self) -> str:
         width = max(map(len, self.ranks))
         lines = [
@@ -70,9 +78,13 @@ class LoraForm:
 
 
 def export_lora(
-    adapter_dir: str | Path, out_dir: str | Path, rank: int | float | Literal["exact"], min_energy: float | None = None
+    adapter_dir: str | Path,
+    out_dir: str | Path,
+    rank: int | float | Literal["exact"],
+    min_energy: float | None = None,
+    uniform_rank: bool = False,
 ) -> LoraForm:
-    """Write the LoRA form of a saved adapter into a new directory; see `convert_to_lora`.
+    """Write the LoRA form of a saved adapter into a new directory; see `convert_to_lora` and `LoraForm.uniform`.
 
     Raises:
         FileExistsError: `out_dir` exists and is not empty.
@@ -80,6 +92,7 @@ def export_lora(
     _check_rank(rank)
     with directory_aside(Path(out_dir)) as aside:
         form = convert_to_lora(adapter_dir, rank, min_energy=min_energy)
+        form = form.uniform() if uniform_rank else form
         form.save(aside)
     return form
 
@@ -246,6 +259,15 @@ def _named(path: str, layer: SMTLayer, left_Nk: Tensor, right_kK: Tensor) -> dic
         # PEFT looks ids up in A: there the table is the transposed product.
         return {f"{path}.lora_embedding_A": left_Nk.t(), f"{path}.lora_embedding_B": right_kK.t()}
     return {f"{path}.lora_A.weight": right_kK, f"{path}.lora_B.weight": left_Nk}
+
+
+def _padded(key: str, tensor: Tensor, rank: int) -> Tensor:
+    """A factor with zeros up to a rank: rows of an A, columns of a B."""
+    if ".lora_A." in key or key.endswith(".lora_embedding_A"):
+        return torch.cat((tensor, tensor.new_zeros(rank - tensor.shape[0], tensor.shape[1])))
+    if ".lora_B." in key or key.endswith(".lora_embedding_B"):
+        return torch.cat((tensor, tensor.new_zeros(tensor.shape[0], rank - tensor.shape[1])), 1)
+    return tensor
 
 
 def _besides(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

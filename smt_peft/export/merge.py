@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -30,6 +31,7 @@ from .checkpoint import COMPANIONS, INDEX, Checkpoint, NoShards, Shard, StoredTe
 from .dequantised import dequantise_, quantization_config, round_to
 from .edits import Edits, NotInPlace
 from .head import Head, head_of
+from .together import EditsTogether, base_of_all
 
 ONTO = ("checkpoint", "dequantised", "quantised")
 
@@ -57,7 +59,7 @@ class MergeReport:
 
 
 def merge_adapter(
-    adapter_dir: str | Path,
+    adapter_dir: str | Path | Sequence[str | Path],
     out_dir: str | Path,
     onto: Literal["checkpoint", "dequantised", "quantised"] = "checkpoint",
 ) -> MergeReport | None:
@@ -70,7 +72,8 @@ def merge_adapter(
     and what is written is read back and hashed. It takes memory for the largest tensor and its blocks.
 
     Args:
-        adapter_dir: where the adapter was saved.
+        adapter_dir: where the adapter was saved; or where several were, of one base, that share no weight. They are
+            merged as if one after the other; which is first does not matter.
         out_dir: new or empty.
         onto: what the blocks are added to. `"checkpoint"`: the base's own weights, in their own dtype. For an adapter
             that was trained on a quantised base also `"dequantised"`: the weights it was trained on, in the dtype they
@@ -85,10 +88,16 @@ def merge_adapter(
         FileExistsError: `out_dir` exists and is not empty.
         OSError: the disk is full, or cannot be written.
         ValueError: the adapter names no base, or does not fit it; its base cannot be had in the way `onto` asks for;
-            a file is damaged.
+            a file is damaged; or several adapters change the same weight (module named), train more than blocks, or
+            name different bases.
     """
     if onto not in ONTO:
         raise ValueError(f"onto must be one of {', '.join(ONTO)}, got {onto!r}")
+    if not isinstance(adapter_dir, (str, Path)):
+        adapter_dirs = [Path(each) for each in adapter_dir]
+        if len(adapter_dirs) != 1:
+            return _merge_together(adapter_dirs, Path(out_dir), onto)
+        adapter_dir = adapter_dirs[0]
     adapter_dir, out_dir = Path(adapter_dir), Path(out_dir)
     settings = settings_of(adapter_dir)
     base, record = settings["base_model_name_or_path"], settings.get("base_quantization")
@@ -117,6 +126,22 @@ def merge_adapter(
     return _through_the_files(edits, head, adapter_dir, out_dir)
 
 
+def _merge_together(adapter_dirs: list[Path], out_dir: Path, onto: str) -> MergeReport:
+    if onto != "checkpoint":
+        raise ValueError(f"onto={onto!r} merges one adapter; merge several onto='checkpoint', the base's own floats")
+    if not adapter_dirs:
+        raise ValueError("there is no adapter to merge; name the directory of one at least")
+    base = base_of_all(adapter_dirs)
+    check_new_directory(out_dir)
+    try:
+        edits = EditsTogether(adapter_dirs, Checkpoint.open(directory_of(base)))
+    except (NoShards, NotInPlace) as reason:
+        raise ValueError(f"several adapters are merged through the files of a checkpoint, but {reason}") from reason
+    edits.check()
+    head = head_of(adapter_dirs[0], settings_of(adapter_dirs[0]).get("task_type"))
+    return _through_the_files(edits, head, adapter_dirs[0], out_dir)
+
+
 def load_adapter(adapter_dir: str | Path) -> PeftModel:
     """A saved adapter on the base that it names, in the floats of its checkpoint.
 
@@ -129,12 +154,12 @@ def load_adapter(adapter_dir: str | Path) -> PeftModel:
     return PeftModel.from_pretrained(_load_base(settings["base_model_name_or_path"], head), adapter_dir)
 
 
-def merged_tensor(edits: Edits, tensor: StoredTensor) -> Tensor:
+def merged_tensor(edits: Edits | EditsTogether, tensor: StoredTensor) -> Tensor:
     """The values of a stored tensor with the adapter merged, in one dimension."""
     return edits.apply_(tensor.name, tensor.read())
 
 
-def _through_the_files(edits: Edits, head: Head, adapter_dir: Path, out_dir: Path) -> MergeReport:
+def _through_the_files(edits: Edits | EditsTogether, head: Head, adapter_dir: Path, out_dir: Path) -> MergeReport:
     checkpoint, report = edits.checkpoint, MergeReport()
     with directory_aside(out_dir, checkpoint.nbytes) as aside:
         for name, shard in tqdm(checkpoint.shards.items(), desc="merging", unit="shard", disable=None):
@@ -148,7 +173,7 @@ def _through_the_files(edits: Edits, head: Head, adapter_dir: Path, out_dir: Pat
     return report
 
 
-def _write_shard(shard: Shard, file: Path, edits: Edits) -> dict[str, tuple[str, str]]:
+def _write_shard(shard: Shard, file: Path, edits: Edits | EditsTogether) -> dict[str, tuple[str, str]]:
     """Copy a shard, changed tensors merged. Returns the hash of each tensor's bytes as read and as written."""
     touched, hashes = set(edits.touched), {}
     with file.open("wb") as out:

@@ -37,6 +37,8 @@ def assumed_selection(model: nn.Module, config: SMTConfig) -> BlockSelection:
 def smt(model: nn.Module, config: SMTConfig, selection: BlockSelection) -> nn.Module:
     """SMT on a model on the meta device, ready to take the forwards that it takes with values."""
     config = config.copy()
+    # Avoided when the blocks were chosen; those of like layers, which are put in their place, may lie anywhere.
+    config.avoid = None
     # What the blocks were chosen on cannot be compared with weights that are not there.
     config.selection = BlockSelection(
         selection.blocks, selection.grids, provenance=selection.provenance | {"base_fingerprint": None}

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..blocks import BlockSelection
 from ..config import SMTConfig
+from ..selection.combine import load_selection
 from ..training.errors import ConfigError
 from . import methods
 from .changes import Case, Change, cheapest, dials
@@ -168,7 +169,7 @@ class _Planned:
 
     def _select(self, case: Case) -> BlockSelection:
         if self.chosen:
-            return BlockSelection.load(self.run.selection)
+            return load_selection(self.run.selection)
         return methods.assumed_selection(base(self.run, case.setting), self._config(case))
 
     def _warm_up(self, case: Case) -> int:

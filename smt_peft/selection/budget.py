@@ -50,6 +50,7 @@ def choose_blocks(
     grids: Mapping[str, BlockGrid],
     config: SMTConfig,
     counts: Mapping[str, int] | None = None,
+    blocked: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Tensor]:
     """The best blocks within the budget.
 
@@ -58,25 +59,29 @@ def choose_blocks(
         grids: the tiling of each module in `scores`, in the model's order.
         config: its `density` or `num_blocks`, `budget`, `spread` and caps decide.
         counts: instead of the config's budget and caps, exactly so many blocks in these modules and none in others.
+        blocked: per module which blocks may not be chosen, bool `(R, C)`; see `avoid.avoided_blocks`.
 
     Returns:
         Per module with a chosen block its blocks, int32 `(B, 2)`, sorted.
 
     Raises:
-        ValueError: a scope asks for more blocks than it has, a regex of the budget matches nothing, or a cap is below
-            the size of a block.
+        ValueError: a scope asks for more blocks than it has, or than are left when some are avoided, a regex of the
+            budget matches nothing, or a cap is below the size of a block.
     """
+    blocked = blocked or {}
     chosen: dict[str, np.ndarray] = {}
     scopes, notes = make_scopes(grids, config, counts), _Notes()
     share, rank = (None, None) if counts is not None else (config.max_column_share, config.max_lora_rank)
     for scope in scopes:
-        matrices = [
-            restrict(Matrix.whole(name, grids[name], _as_array(scores[name]), scope.costs(grids[name])), share, rank)
+        whole = [
+            Matrix.whole(name, grids[name], _as_array(scores[name]), scope.costs(grids[name]), blocked.get(name))
             for name in scope.names
         ]
-        available = sum(int(matrix.costs.sum()) for matrix in matrices)
+        check_room(scope, grids, blocked)
+        matrices = [restrict(matrix, share, rank) for matrix in whole]
+        available = sum(matrix.open_cost for matrix in matrices)
         if available <= scope.budget:
-            taken = [np.ones(matrix.scores.shape, dtype=bool) for matrix in matrices]
+            taken = [~matrix.closed for matrix in matrices]
             if available < scope.budget and available < scope.total(grids):
                 notes.short.append(scope.label)
         else:
@@ -247,9 +252,27 @@ def _map_scopes(grids: Mapping[str, BlockGrid], config: SMTConfig, alone: Mappin
     return scopes
 
 
+def check_room(scope: Scope, grids: Mapping[str, BlockGrid], blocked: Mapping[str, np.ndarray]) -> None:
+    """Raise `ValueError`, naming the scope, when the blocks to be avoided leave too few for its budget.
+
+    Args:
+        blocked: as `choose_blocks` takes them.
+    """
+    lost = sum(int(scope.costs(grids[name])[blocked[name]].sum()) for name in scope.names if name in blocked)
+    left, wanted = scope.total(grids) - lost, max(1, scope.budget)
+    if left < wanted:
+        unit = "blocks" if scope.in_blocks else "weights"
+        raise ValueError(
+            f"{scope.label}: {wanted:,} {unit} are asked for, but of its {left + lost:,} only {left:,} are not among "
+            "those to avoid; lower density or num_blocks, take a selection out of avoid, set block_size to what "
+            "that has, or budget='global', which may spend elsewhere"
+        )
+
+
 def _take_best(matrices: list[Matrix], taken: list[np.ndarray]) -> None:
-    best = max(range(len(matrices)), key=lambda i: (matrices[i].scores.max(), -i))
-    taken[best].flat[int(matrices[best].scores.argmax())] = True
+    scores = [np.where(matrix.closed, -np.inf, matrix.scores) for matrix in matrices]
+    best = max(range(len(matrices)), key=lambda i: (scores[i].max(), -i))
+    taken[best].flat[int(scores[best].argmax())] = True
 
 
 def _as_array(scores: Tensor) -> np.ndarray:

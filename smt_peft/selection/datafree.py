@@ -11,6 +11,7 @@ from ..bases.target import Target
 from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
 from ..say import once
+from .avoid import avoided_blocks
 from .budget import PATTERNS, choose_blocks, choose_pattern, module_seed
 from .coupled import choose_coupled
 from .experts import joined, matrices
@@ -41,6 +42,8 @@ def select_without_data(
     """
     everything, targets = targets, matrices(targets) if counts is None else targets
     grids = {name: (grids or {}).get(name) or target.grid(config) for name, target in targets.items()}
+    avoids = counts is None and config.avoid is not None
+    blocked = avoided_blocks(config, everything, grids) if avoids else {}
     score = "random" if config.needs_data else config.score
     if score not in PATTERNS and any(_is_gone(target) for target in targets.values()):
         once(f"score={score!r} needs weights, but the model is on the meta device; blocks are chosen at random")
@@ -51,12 +54,12 @@ def select_without_data(
         if score != "random":
             scores = {name: _scores(score, targets[name], grid, config) for name, grid in grids.items()}
         blocks = choose_coupled(scores, targets, config)
-    elif score in PATTERNS and not capped and (score == "diagonal" or config.spread != "capped"):
+    elif score in PATTERNS and not capped and not blocked and (score == "diagonal" or config.spread != "capped"):
         blocks = choose_pattern(score, grids, config, counts)
     else:
         wanted = counts if counts is not None else targets
         scores = {name: _scores(score, targets[name], grid, config) for name, grid in grids.items() if name in wanted}
-        blocks = choose_blocks(scores, grids, config, counts)
+        blocks = choose_blocks(scores, grids, config, counts, blocked)
     keep = scores if keep_scores and score not in PATTERNS else {}
     return joined(BlockSelection(blocks, grids, keep, provenance(score, config, everything)), everything)
 

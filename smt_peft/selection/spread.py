@@ -35,6 +35,7 @@ class Matrix:
         costs: int64 `(R, C)`.
         rows: int64 `(R,)`, row stripe of each row of `scores`.
         cols: int64 `(C,)`, column stripe of each column of `scores`.
+        blocked: bool `(R, C)`, blocks that may not be taken; None: all may.
     """
 
     name: str
@@ -43,16 +44,42 @@ class Matrix:
     costs: np.ndarray
     rows: np.ndarray
     cols: np.ndarray
+    blocked: np.ndarray | None = None
 
     @classmethod
-    def whole(cls, name: str, grid: BlockGrid, scores: np.ndarray, costs: np.ndarray) -> Matrix:
-        return cls(name, grid, scores, costs, np.arange(grid.row_stripes), np.arange(grid.col_stripes))
+    def whole(
+        cls, name: str, grid: BlockGrid, scores: np.ndarray, costs: np.ndarray, blocked: np.ndarray | None = None
+    ) -> Matrix:
+        return cls(name, grid, scores, costs, np.arange(grid.row_stripes), np.arange(grid.col_stripes), blocked)
 
     def keep_rows(self, index: np.ndarray) -> Matrix:
-        return Matrix(self.name, self.grid, self.scores[index], self.costs[index], self.rows[index], self.cols)
+        blocked = None if self.blocked is None else self.blocked[index]
+        return Matrix(self.name, self.grid, self.scores[index], self.costs[index], self.rows[index], self.cols, blocked)
 
     def keep_cols(self, index: np.ndarray) -> Matrix:
-        return Matrix(self.name, self.grid, self.scores[:, index], self.costs[:, index], self.rows, self.cols[index])
+        blocked = None if self.blocked is None else self.blocked[:, index]
+        scores, costs = self.scores[:, index], self.costs[:, index]
+        return Matrix(self.name, self.grid, scores, costs, self.rows, self.cols[index], blocked)
+
+    @property
+    def closed(self) -> np.ndarray:
+        """Blocks that may not be taken, bool `(R, C)`."""
+        return np.zeros(self.scores.shape, dtype=bool) if self.blocked is None else self.blocked
+
+    @property
+    def open_cost(self) -> int:
+        """What all blocks that may be taken cost."""
+        return int(self.costs.sum() if self.blocked is None else self.costs[~self.blocked].sum())
+
+    @property
+    def open_scores(self) -> np.ndarray:
+        """Scores, 0 where a block may not be taken."""
+        return self.scores if self.blocked is None else np.where(self.blocked, 0.0, self.scores)
+
+    def mass(self, axis: int) -> np.ndarray:
+        """What the blocks of each stripe that may be taken score in all; of a stripe without any, least of all."""
+        sums = self.open_scores.sum(axis)
+        return sums if self.blocked is None else np.where(self.blocked.all(axis), -np.inf, sums)
 
     def flat(self, taken: np.ndarray) -> np.ndarray:
         """Row-major numbers in the whole grid of the blocks marked in `taken`, bool `(R, C)`."""
@@ -73,22 +100,22 @@ def restrict(matrix: Matrix, max_column_share: float | None, max_lora_rank: int 
     """
     if max_column_share is not None:
         count = math.floor(Fraction(repr(float(max_column_share))) * len(matrix.cols))
-        matrix = matrix.keep_cols(_best(matrix.scores.sum(0), max(1, count)))
+        matrix = matrix.keep_cols(_best(matrix.mass(0), max(1, count)))
     grid = matrix.grid
     if max_lora_rank is None or max_lora_rank >= min(grid.shape):
         return matrix
     options = []
     if columns := max_lora_rank // grid.block_cols:
-        options.append(matrix.keep_cols(_best(matrix.scores.sum(0), columns)))
+        options.append(matrix.keep_cols(_best(matrix.mass(0), columns)))
     if rows := max_lora_rank // grid.block_rows:
-        options.append(matrix.keep_rows(_best(matrix.scores.sum(1), rows)))
+        options.append(matrix.keep_rows(_best(matrix.mass(1), rows)))
     if not options:
         raise ValueError(
             f"{matrix.name}: max_lora_rank={max_lora_rank} is below the sides of its blocks ({grid}); a "
             f"single block can have a higher rank. Set block_size to {max_lora_rank} or less, or raise "
             f"max_lora_rank to {min(grid.block_shape)}"
         )
-    return max(options, key=lambda option: option.scores.sum())
+    return max(options, key=lambda option: option.open_scores.sum())
 
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
@@ -117,7 +144,7 @@ def fit(costs: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
 def free(matrices: list[Matrix], budget: int) -> list[np.ndarray]:
     """Best first over all matrices. Returns which blocks are taken, bool `(R, C)` per matrix."""
     scores, costs = _pool(matrices)
-    order = np.argsort(-scores, kind="stable")
+    order = _in_order(scores, matrices)
     taken = np.zeros(len(scores), dtype=bool)
     taken[order[fit(costs[order], budget)[0]]] = True
     return _split(taken, matrices)
@@ -132,7 +159,7 @@ def capped(matrices: list[Matrix], budget: int) -> list[np.ndarray]:
     scores, costs = _pool(matrices)
     share = min(Fraction(1), Fraction(budget, int(costs.sum())))
     stripes = _Stripes(matrices, share)
-    waiting = np.argsort(-scores, kind="stable")
+    waiting = _in_order(scores, matrices)
     taken = np.zeros(len(scores), dtype=bool)
     while True:
         for start in range(0, len(waiting), _CHUNK):
@@ -181,8 +208,12 @@ def assignment(matrices: list[Matrix], budget: int) -> list[np.ndarray]:
     the next round begins when this one is used up.
     """
     taken = [np.zeros(matrix.scores.shape, dtype=bool) for matrix in matrices]
+    # Of a matrix with blocked blocks another array, in which these count as taken from the start.
+    gone = [
+        done if matrix.blocked is None else matrix.blocked.copy() for matrix, done in zip(matrices, taken, strict=True)
+    ]
     while True:
-        matched = [matching(matrix.scores, done) for matrix, done in zip(matrices, taken, strict=True)]
+        matched = [matching(matrix.scores, out) for matrix, out in zip(matrices, gone, strict=True)]
         scores = np.concatenate([matrix.scores[cells] for matrix, cells in zip(matrices, matched, strict=True)])
         costs = np.concatenate([matrix.costs[cells] for matrix, cells in zip(matrices, matched, strict=True)])
         order = np.argsort(-scores, kind="stable")
@@ -190,11 +221,11 @@ def assignment(matrices: list[Matrix], budget: int) -> list[np.ndarray]:
         chosen = np.zeros(len(scores), dtype=bool)
         chosen[order[used]] = True
         first = 0
-        for done, (rows, cols) in zip(taken, matched, strict=True):
+        for done, out, (rows, cols) in zip(taken, gone, matched, strict=True):
             part = chosen[first : first + len(rows)]
-            done[rows[part], cols[part]] = True
+            done[rows[part], cols[part]] = out[rows[part], cols[part]] = True
             first += len(rows)
-        left = [matrix.costs[~done].max(initial=0) for matrix, done in zip(matrices, taken, strict=True)]
+        left = [matrix.costs[~out].max(initial=0) for matrix, out in zip(matrices, gone, strict=True)]
         if max(left) == 0 or budget < max(left):
             return taken
 
@@ -216,6 +247,14 @@ def matching(scores: np.ndarray, taken: np.ndarray) -> tuple[np.ndarray, np.ndar
     rows, cols = linear_sum_assignment(value, maximize=True)
     new = ~taken[rows, cols]
     return rows[new], cols[new]
+
+
+def _in_order(scores: np.ndarray, matrices: list[Matrix]) -> np.ndarray:
+    """The pooled blocks that may be taken, best first."""
+    order = np.argsort(-scores, kind="stable")
+    if all(matrix.blocked is None for matrix in matrices):
+        return order
+    return order[~np.concatenate([matrix.closed.ravel() for matrix in matrices])[order]]
 
 
 def _pool(matrices: list[Matrix]) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ from ..bases.targets import find_targets
 from ..blocks import BlockGrid, BlockSelection
 from ..config import SMTConfig
 from ..say import say
+from .avoid import avoided_blocks
 from .budget import choose_blocks
 from .coupled import choose_coupled
 from .datafree import check_readable, provenance, select_without_data
@@ -73,9 +74,10 @@ def select_blocks(
 
     Raises:
         TypeError: the dataloader is not iterable, or a batch is of an unknown kind.
+        FileNotFoundError: `config.avoid` names no file.
         ValueError: a model inside FSDP1, no batch, a loss that is no finite scalar or does not depend on the targets,
-            scores that are not finite, a budget that cannot be met, a score by weights of packed weights, or weights
-            that are on the meta device or inference tensors.
+            scores that are not finite, a budget that cannot be met, a score by weights of packed weights, weights that
+            are on the meta device or inference tensors, or a selection to avoid that was made for another model.
         RuntimeError: the model refuses a batch; the message names it.
     """
     if isinstance(num_batches, bool) or not isinstance(num_batches, int) or num_batches < 1:
@@ -93,11 +95,16 @@ def select_blocks(
         # An expert's matrix is scored, and its blocks are spread, as a module's would be.
         tapped = matrices(targets)
         grids = {name: target.grid(config) for name, target in tapped.items()}
+        # Read, and refused, before the pass.
+        blocked = avoided_blocks(config, targets, grids) if config.avoid is not None else None
         taps = make_taps(tapped, grids, config, accumulator_device)
         seen = _warm_up(model, config, taps, dataloader, num_batches, loss_fn, progress)
         scores = _finish(taps, seen)
         record = provenance(config.score_name, config, targets) | seen.record()
-        blocks = choose_coupled(scores, tapped, config) if config.coupled else choose_blocks(scores, grids, config)
+        if config.coupled:
+            blocks = choose_coupled(scores, tapped, config)
+        else:
+            blocks = choose_blocks(scores, grids, config, blocked=blocked)
         selection = BlockSelection(blocks, grids, scores if keep_scores else {}, record)
         selection = joined(selection, targets)
     else:

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.utils.logging import disable_progress_bar
 
 from ..bases.targets import find_targets
-from ..selection.budget import make_scopes
+from ..selection.avoid import avoided_blocks
+from ..selection.budget import check_room, make_scopes
 from ..selection.experts import matrices
 from . import outputs
 from .data.load import Data
@@ -62,6 +63,10 @@ def _targets(run: Run, model: PreTrainedModel) -> str:
         targets = find_targets(model, run.smt)
         grids = {name: matrix.grid(run.smt) for name, matrix in matrices(targets).items()}
         scopes = make_scopes(grids, run.smt)
+        if run.smt.avoid is not None:
+            blocked = avoided_blocks(run.smt, targets, grids)
+            for scope in scopes:
+                check_room(scope, grids, blocked)
     except ValueError as error:
         raise ConfigError(f"smt: {error}") from error
     weights = sum(grid.numel for grid in grids.values())

@@ -29,6 +29,7 @@ from ..report.series import tokens_per_second
 from ..report.table import report
 from ..schedules import ScheduleCallback
 from ..selection import select_blocks
+from ..selection.combine import load_selection
 from ..tuner.delta import SMTBlocks
 from . import outputs
 from .compare import lora_config
@@ -155,13 +156,13 @@ def prepare(run: Run) -> Prepared:
 
 
 def choose(run: Run, prepared: Prepared, file: Path | None) -> BlockSelection:
-    """The blocks to train: of `file`, of the file that `smt.selection` names, or chosen by a warm-up pass."""
-    if file is None and run.selection != AUTO:
-        file = Path(run.selection)
-    if file is not None:
+    """The blocks to train: of `file`, of the files that `smt.selection` names, or chosen by a warm-up pass."""
+    files = run.selection if file is None and run.selection != AUTO else file
+    if files is not None:
         with _blaming("smt.selection"):
-            selection = BlockSelection.load(file)
-        tell(f"selection from {file}: {selection.summary()}")
+            selection = load_selection(files)
+        named = " and ".join(files) if isinstance(files, list) else files
+        tell(f"selection from {named}: {selection.summary()}")
         return selection
     loader = prepared.trainer.get_train_dataloader()
     set_seed(run.trainer.seed)

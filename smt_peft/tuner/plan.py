@@ -10,9 +10,10 @@ from ..bases.fingerprint import Sample, Weight, fingerprint, mismatch
 from ..bases.target import Target
 from ..bases.targets import find_targets
 from ..blocks import BlockGrid, BlockSelection
-from ..config import SMTConfig
+from ..config import DEFAULT_DENSITY, SMTConfig
 from ..say import say
 from ..selection import select_without_data
+from ..selection.avoid import check_avoided
 from .engines import check_whole
 
 
@@ -66,7 +67,9 @@ def make_plan(model: nn.Module, config: SMTConfig) -> Plan:
         selection = config.selection
         if isinstance(selection, str):
             selection = BlockSelection.load(selection)
+            _check_path(config, selection)
         check_selection(selection, targets, bases)
+        check_avoided(selection, config)
     elif config.block_pattern:
         selection = _from_pattern(targets, config)
         if config.awaits_weights and config.base_model_name_or_path:
@@ -84,6 +87,13 @@ def make_plan(model: nn.Module, config: SMTConfig) -> Plan:
         return Plan(selection, config.base_fingerprint)
     chosen = {name: weight for name, weight in bases.items() if name in selection.blocks}
     return Plan(selection, fingerprint(chosen))
+
+
+def _check_path(config: SMTConfig, selection: BlockSelection) -> None:
+    """A host may have set the path later than all else. `density` has its default by now, which says nothing."""
+    config = config.copy()
+    config.density = None if config.density == DEFAULT_DENSITY else config.density
+    config.check_agreement(selection)
 
 
 def _tell_frozen(names: list[str], num_targets: int) -> None:

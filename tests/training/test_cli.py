@@ -47,7 +47,10 @@ def test_settings_may_stand_anywhere_among_the_options(workshop, monkeypatch, wo
         (["train"], "smt train needs a run: smt train RUN.yaml [key=value ...]"),
         (["train", "run.yaml", "--learning_rate", "1e-4"], "is given without dashes: learning_rate=VALUE"),
         (["select", "run.yaml", "--dry-run"], "unrecognized argument --dry-run"),
-        (["merge", "a", "b", "c"], "unrecognized argument c"),
+        (["patch", "apply", "a", "b", "c"], "unrecognized argument c"),
+        (["select", "--union", "a"], "--union takes two selection files or more, got a alone"),
+        (["select", "run.yaml", "--union", "a", "b"], "--union takes selection files and no run"),
+        (["select", "run.yaml", "--out", "c"], "--out goes with --union, --intersection or --difference"),
     ],
 )
 def test_what_the_command_line_does_not_take(words, message, capsys):

@@ -64,6 +64,7 @@ def test_our_own_keys_are_these():
             "max_column_share",
             "max_lora_rank",
             "coupled",
+            "avoid",
             "selection",
             "forward",
             "init_weights",

@@ -8,6 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ...agreement import disagreements
+from ...blocks import BlockSelection
+from ...config import SMTConfig
+from ...selection.avoid import check_avoided
 from ..data.source import file_errors, mixture_errors
 from .keys import AUTO, SMT_OPTIMIZERS, TASK_FORMS, TRAINER_OPTIMIZERS, RunConfig
 from .source import Errors
@@ -131,11 +135,46 @@ def check_files(task: str, good: Mapping[str, Any], errors: Errors) -> None:
         if local and not (directory / "config.json").is_file():
             what = "holds no config.json, so no model" if directory.is_dir() else "does not exist"
             errors.add("model_name_or_path", f"model_name_or_path: the directory {model} {what}")
-    selection = good.get("smt.selection", AUTO)
-    if selection != AUTO and not Path(selection).is_file():
-        errors.add(
-            "smt.selection", f"smt.selection: there is no file {selection}; make it with `smt select`, or say auto"
-        )
+    check_selections(good, errors)
+
+
+def check_selections(good: Mapping[str, Any], errors: Errors) -> None:
+    """The selection files that are named, and that no setting beside `smt.selection` says otherwise."""
+    chosen = _selections("smt.selection", good.get("smt.selection", AUTO), errors, "say auto")
+    _selections("smt.avoid", good.get("smt.avoid"), errors, "leave it out")
+    given = {key.removeprefix("smt."): value for key, value in good.items() if key.startswith("smt.")}
+    given = {field: value for field, value in given.items() if value is not None}
+    told: dict[str, str] = {}
+    for path, selection in chosen.items():
+        told = disagreements(selection, given, path) | told
+    for field, message in told.items():
+        errors.add(f"smt.{field}", f"smt.{message}")
+    if not chosen or given.get("avoid") is None or errors.about("smt.avoid"):
+        return
+    for selection in chosen.values():
+        try:
+            check_avoided(selection, SMTConfig(avoid=given["avoid"]))
+        except ValueError as error:
+            errors.add("smt.avoid", f"smt.{error}")
+
+
+def _selections(key: str, value: Any, errors: Errors, otherwise: str) -> dict[str, BlockSelection]:
+    """The selections in the files that a key names, by path."""
+    found = {}
+    if value == []:
+        errors.add(key, f"{key} is an empty list; name selection files, or {otherwise}")
+    for number, path in enumerate(value if isinstance(value, list) else [value]):
+        place = f"{key}.{number}" if isinstance(value, list) else key
+        if path is None or value == AUTO:
+            continue
+        if not Path(path).is_file():
+            errors.add(place, f"{place}: there is no file {path}; make it with `smt select`, or {otherwise}")
+            continue
+        try:
+            found[path] = BlockSelection.load(path)
+        except ValueError as error:
+            errors.add(place, f"{place}: {error}")
+    return found
 
 
 def check_optim(trainer: Mapping[str, Any], errors: Errors) -> None:

@@ -132,11 +132,11 @@ class Warmup:
     """The keys of the `smt:` block that are not the tuner's.
 
     Args:
-        selection: `auto`, or the path of a selection file.
+        selection: `auto`, the path of a selection file, or a list of such paths, whose union is taken.
         warmup_batches: batches that the selection looks at; of several processes, each looks at as many.
     """
 
-    selection: str = AUTO
+    selection: str | list[str] = AUTO
     warmup_batches: int = WARMUP_BATCHES
 
 
@@ -152,7 +152,7 @@ def known_keys(task: str = "sft") -> dict[str, Any]:
         hints["loss_type"] = str | list[str]
     smt = get_type_hints(SMTConfig)
     smt = {field.name: smt[field.name] for field in fields(SMTConfig) if field.name not in _INTERNAL}
-    smt |= get_type_hints(Warmup) | {"score": str}
+    smt |= get_type_hints(Warmup) | {"score": str, "avoid": str | list[str] | None}
     blocks = {"smt": smt, **{name: _settings(schedule) for name, schedule in SCHEDULES.items()}}
     nested = {f"{block}.{name}": hint for block, settings in blocks.items() for name, hint in settings.items()}
     return hints | get_type_hints(RunConfig) | nested

@@ -47,7 +47,7 @@ class Run:
         config: our own keys.
         trainer: the settings of the task's trainer, built.
         smt: the tuner's settings, its `selection` still None.
-        selection: `"auto"` or the path of a selection file.
+        selection: `"auto"`, or the path of a selection file, or those of several.
         warmup_batches: batches of the warm-up pass, with `selection="auto"`.
         resolved: every key that was given, interpolations and overrides applied, and every default of ours.
         source: where each key stands.
@@ -58,7 +58,7 @@ class Run:
     config: RunConfig
     trainer: TrainingArguments
     smt: SMTConfig
-    selection: str
+    selection: str | list[str]
     warmup_batches: int
     resolved: dict[str, Any]
     source: Source

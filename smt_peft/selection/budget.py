@@ -68,7 +68,7 @@ def choose_blocks(
     """
     chosen: dict[str, np.ndarray] = {}
     scopes, notes = make_scopes(grids, config, counts), _Notes()
-    share, rank = (None, None) if counts is not None else (config.max_column_share, config.max_lora_rank)
+    share, rank = (None, None) if counts is not None else (config.max_column_share, config.max_block_rank)
     for scope in scopes:
         matrices = [
             restrict(Matrix.whole(name, grids[name], _as_array(scores[name]), scope.costs(grids[name])), share, rank)

@@ -29,6 +29,7 @@ from ..report.series import tokens_per_second
 from ..report.table import report
 from ..selection import select_blocks
 from ..tuner.delta import SMTBlocks
+from ..tuner.low_rank import LowRank
 from . import outputs
 from .compare import lora_config
 from .errors import ConfigError
@@ -199,9 +200,10 @@ def make_trainer(
     trainer.optimizer_cls_and_kwargs = _optimizer(run, args)
     trainer.witness = Path(run.trainer.output_dir) / outputs.RUN
     for module in trainer.model.modules():
-        if isinstance(module, SMTBlocks) and module.weight.requires_grad:
-            # On a quantised base TRL has cast them to bf16, in which small steps from a grown delta are lost.
-            module.weight.data = module.weight.data.float()
+        for parameter in module.parameters(recurse=False) if isinstance(module, (SMTBlocks, LowRank)) else ():
+            if parameter.requires_grad:
+                # On a quantised base TRL has cast them to bf16, in which small steps from a grown delta are lost.
+                parameter.data = parameter.data.float()
     return trainer
 
 

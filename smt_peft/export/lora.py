@@ -116,7 +116,7 @@ def convert_to_lora(
     tensors, ranks, kept, total = {}, {}, {}, {}
     for path, layer in layers.items():
         blocks = layer.smt_blocks[adapter_name]
-        pair = layer.smt_low_rank[adapter_name] if adapter_name in layer.smt_low_rank else None
+        pair = layer.pair(adapter_name)
         energy = float(layer.change(adapter_name)[1].double().square().sum())
         if energy == 0:
             continue
@@ -143,7 +143,7 @@ def exact_ranks(source: PeftModel | str | Path, adapter_name: str = "default") -
     ranks = {}
     for layer in _layers(model, adapter_name).values():
         layout = layer.smt_blocks[adapter_name].layout()
-        pair = layer.smt_low_rank[adapter_name] if adapter_name in layer.smt_low_rank else None
+        pair = layer.pair(adapter_name)
         ranks[layer.smt_name] = _needed(layout, *_cover(layout)) + (pair.rank if pair else 0)
     return ranks
 

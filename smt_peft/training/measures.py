@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainerState
 
 from ..bases.sharded import is_sharded
 from ..tuner.delta import SMTBlocks
-from ..tuner.low_rank import LowRank
 from ..tuner.effective import effective_update
+from ..tuner.low_rank import LowRank
 from .tell import tell
 
 # Of a whole run, whatever `logging_steps` is: each reads all blocks once, as one update does.
@@ -33,9 +33,9 @@ class Measures(TrainerCallback):
 
     Attributes:
         memory: bytes on the device of this process, empty before the end of a training: `weights` (frozen), `trained`
-            (blocks and low-rank pairs), `moments` (of the optimizer), and `peak`, the most that PyTorch's CUDA allocator held during the
-            training; on a CPU, which counts no such thing, `resident` instead: the largest resident set of the process
-            so far, Python and libraries included.
+            (blocks, low-rank pairs), `moments` (of the optimizer), and `peak`, the most that PyTorch's CUDA allocator
+            held during the training; on a CPU, which counts no such thing, `resident` instead: the largest resident
+            set of the process so far, Python and libraries included.
     """
 
     def __init__(self):

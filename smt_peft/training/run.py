@@ -246,7 +246,7 @@ def measure(run: Run, prepared: Prepared, trainer: Trainer, label: str) -> dict[
 
 def compare_lora(run: Run, prepared: Prepared, selection: BlockSelection) -> dict[str, Any]:
     """Train LoRA for as many steps on the same rows from a fresh copy of the base, and measure it."""
-    config = lora_config(selection, run.smt.modules_to_save, run.smt.task_type)
+    config = lora_config(selection, run.smt.modules_to_save, run.smt.task_type, run.smt.lora_rank)
     rate = run.config.compare_lora_learning_rate or run.trainer.learning_rate
     set_seed(run.trainer.seed)
     prepared.model = task_of(run).load_model(run, prepared.data, run.trainer.device)

@@ -7,7 +7,7 @@ Where that is most entries, the learning rate is too low for the dtype, and the 
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -53,10 +53,9 @@ def effective_update(model: nn.Module, adapter: str = "default") -> dict[str, Ef
 
 
 def _count(layer: SMTLayer, adapter: str) -> Effective:
-    parts = [held[adapter] for held in (layer.smt_blocks, layer.smt_low_rank) if adapter in held]
-    with present(layer.get_base_layer()), ExitStack() as here:
-        for part in parts:
-            here.enter_context(present(part))
+    pair = layer.pair(adapter)
+    here = nullcontext() if pair is None else present(pair)
+    with present(layer.get_base_layer()), present(layer.smt_blocks[adapter]), here:
         weight = _readable_weight(layer)
         layout, delta = layer.change(adapter)
         before = ops.block_gather(weight, layout)

@@ -140,14 +140,18 @@ class SMTLayer(BaseTunerLayer):
         delta = ops.dense(*reversed(self.change(adapter)))
         return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
 
+    def pair(self, adapter: str) -> LowRank | None:
+        """The low-rank pair beside the adapter's blocks, where it has one."""
+        return self.smt_low_rank[adapter] if adapter in self.smt_low_rank else None  # noqa: SIM401 (no such method)
+
     def change(self, adapter: str) -> tuple[BlockLayout, Tensor]:
         """Where an adapter changes the weight, and what it adds there: its blocks, or, with a low-rank pair, the whole
         matrix as one block."""
         blocks = self.smt_blocks[adapter]
         layout, delta = blocks.layout(), full(blocks.weight)
-        if adapter not in self.smt_low_rank:
+        pair = self.pair(adapter)
+        if pair is None:
             return layout, delta
-        pair = self.smt_low_rank[adapter]
         delta = dense_sum(delta, layout, full(pair.lora_A), full(pair.lora_B), pair.scaling)
         return whole(layout.grid, delta.device), delta[None]
 

@@ -74,14 +74,17 @@ class LowRank(nn.Module):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """`y + s X A^T B^T`, where `y` `(..., out_features)` is what the layer made of `x` `(..., in_features)`.
 
-        Computed as PEFT's LoRA is: in the dtype of the pair, or that of autocast, the sum rounded to the dtype of `y`.
+        In the dtypes of PEFT's LoRA: that of the pair, or of autocast, the sum rounded to the dtype of `y`.
         """
         self._check_finite_once()
         is_cast = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, self.lora_A.dtype)
         # Autocast would cast it again, and the copy between would be kept for nothing.
         x = x if is_cast else x.to(self.lora_A.dtype)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return (y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling).to(y.dtype)
+        low = F.linear(x, self.lora_A)
+        # Of r columns, and not, as the formula has it, of all outputs; kept by autograd unless it is 1.
+        low = low if self.scaling == 1 else low * self.scaling
+        return (y + F.linear(low, self.lora_B)).to(y.dtype)
 
     def check_loaded(self, lora_A: Tensor | None, lora_B: Tensor | None) -> None:
         """Check tensors read from a file before they are copied in.
@@ -136,9 +139,7 @@ class LowRank(nn.Module):
 
 
 @torch.no_grad()
-def dense_sum(
-    weight_Brc: Tensor, layout: BlockLayout, lora_A_rK: Tensor, lora_B_Nr: Tensor, scaling: float
-) -> Tensor:
+def dense_sum(weight_Brc: Tensor, layout: BlockLayout, lora_A_rK: Tensor, lora_B_Nr: Tensor, scaling: float) -> Tensor:
     """`S + s B A`, `(N, K)`, fp32 (fp64 for blocks of fp64): summed in fp64 and rounded once.
 
     Column by column of B in a fixed order, where products of fp32 are exact, and not by a GEMM, whose order is its

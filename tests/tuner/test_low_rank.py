@@ -111,11 +111,12 @@ class TestForward:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("mode", ["train", "eval"])
-    def test_with_blocks_of_zero_it_is_pefts_lora(self, dtype, mode):
+    def test_with_blocks_of_zero_it_is_pefts_lora_bit_for_bit(self, dtype, mode):
         torch.manual_seed(0)
         base = tiny_llama().to(dtype)
-        ours = adapted(copy.deepcopy(base), lora_dropout=0.25)
-        lora = LoraConfig(r=4, lora_alpha=12, lora_dropout=0.25, target_modules="all-linear")
+        # A power of two, which may be multiplied by anywhere.
+        ours = adapted(copy.deepcopy(base), lora_alpha=8, lora_dropout=0.25)
+        lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.25, target_modules="all-linear")
         theirs = get_peft_model(copy.deepcopy(base), lora)
         for layer in layers_of(ours):
             layer.smt_blocks["default"].weight.data.zero_()
@@ -194,6 +195,7 @@ class TestForward:
         x = torch.randn(4, 64)
         results = []
         for each in (net, plain):
+            torch.manual_seed(4)
             model = adapted(each, target_modules=["layer"], forward="overlay" if each is net else "swap").train()
             model(x).square().sum().backward()
             results.append([model(x).detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
@@ -291,13 +293,13 @@ class TestMerge:
     @pytest.mark.parametrize("kind", DEQUANTISABLE)
     def test_unmerged_a_quantised_layer_has_its_packed_weight(self, kind):
         net = One(torch.float32, (64, 64))
-        net.layer = packed_linear(net.layer.requires_grad_(False), kind)
-        before = storage(net.layer)
+        net.layer = packed = packed_linear(net.layer.requires_grad_(False), kind)
+        before = storage(packed)
         model = adapted(net, target_modules=["layer"])
         model.merge_adapter()
-        assert not same_storage(before, storage(net.layer))
+        assert not same_storage(before, storage(packed))
         model.unmerge_adapter()
-        assert same_storage(before, storage(net.layer))
+        assert same_storage(before, storage(packed))
 
 
 ROADS = """
@@ -421,7 +423,7 @@ class TestFiles:
         model = PeftModel.from_pretrained(base_of(saved), saved / "adapter")
         hotswap_adapter(model, str(tmp_path / "fewer"), "default")
         torch.testing.assert_close(model(**batch()).logits, fewer(**batch()).logits)
-        with pytest.raises(ValueError, match=r"saved adapter has lora_rank=2 with scaling 6, the loaded one lora_rank=4"):
+        with pytest.raises(ValueError, match="has lora_rank=2 with scaling 6, the loaded one lora_rank=4"):
             hotswap_adapter(model, str(saved / "second"), "default")
 
 
@@ -490,7 +492,7 @@ REFUSED = {
     "no alpha": ({"lora_alpha": 0}, "lora_alpha must be a number above 0"),
     "all dropped": ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1"),
     "no rank left": ({"max_lora_rank": 4}, "max_lora_rank=4 is the rank of blocks and low-rank pair together"),
-    "experts": ({"target_parameters": ["experts.down_proj"]}, r"lora_rank=4 .* target_parameters=\['experts.down_proj'"),
+    "experts": ({"target_parameters": ["experts.down_proj"]}, r"lora_rank=4 .* target_parameters=\['experts"),
 }
 
 

@@ -100,7 +100,12 @@ class SMTConfig(PeftConfig):
             stripe in a round.
         max_column_share: at most this share of a matrix's column stripes holds blocks, in (0, 1]. Fewer columns mean
             fewer activations kept for the backward pass.
-        max_lora_rank: keeps the rank of every matrix's delta at or below this, so that it has an exact LoRA form.
+        max_lora_rank: keeps the rank of every matrix's delta at or below this, so that it has an exact LoRA form; of
+            the sum where there is a low-rank pair, so the blocks get what `lora_rank` leaves.
+        lora_rank: puts a low-rank pair (LoRA) of this rank beside the blocks of every module that has blocks, trained,
+            saved and merged with them (RoSA, arXiv 2401.04679); None: blocks alone. Linear layers only.
+        lora_alpha: the pair is scaled by `lora_alpha / lora_rank`; `lora_rank` when not given, so by 1.
+        lora_dropout: share of the inputs that the pair does not see in training, in [0, 1).
         coupled: chooses channels that several matrices share instead of blocks of each (S2FT, arXiv 2412.06289): the
             rows of gate and up with the columns of down, the rows of v of a key/value head with the columns of o of the
             query heads that read it. `"both"` trains what is targeted of them, `"consumers"` down and o alone, as the
@@ -146,6 +151,9 @@ class SMTConfig(PeftConfig):
     spread: Literal["free", "capped", "assignment"] = "assignment"
     max_column_share: float | None = None
     max_lora_rank: int | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
     coupled: Literal["both", "consumers"] | None = None
     avoid: BlockSelection | str | list[BlockSelection | str] | None = field(
         default=None, repr=False, metadata={"runtime": True}
@@ -180,6 +188,7 @@ class SMTConfig(PeftConfig):
         self._check_coupled()
         self._check_amount()
         self._check_choice()
+        self._check_low_rank()
 
     def to_dict(self) -> dict[str, Any]:
         """The settings that are saved: everything but `selection` and `avoid`; a callable score by its name."""
@@ -249,6 +258,16 @@ class SMTConfig(PeftConfig):
     def needs_data(self) -> bool:
         """Whether the score looks at gradients or activations."""
         return self.score not in DATA_FREE_SCORES
+
+    @property
+    def low_rank_scaling(self) -> float:
+        """What the product of a low-rank pair is multiplied by."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
+
+    @property
+    def max_block_rank(self) -> int | None:
+        """What `max_lora_rank` leaves to the blocks."""
+        return None if self.max_lora_rank is None else self.max_lora_rank - (self.lora_rank or 0)
 
     def density_key(self, name: str) -> str | None:
         """The key of `density_pattern` that the module matches, or None; an expert counts as its parameter."""
@@ -408,6 +427,32 @@ class SMTConfig(PeftConfig):
                 "so lower them to at most 1 in total"
             )
 
+    def _check_low_rank(self) -> None:
+        if self.lora_rank is None:
+            for name, default in (("lora_alpha", None), ("lora_dropout", 0.0)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} has no effect without lora_rank; set lora_rank, or leave "
+                        f"{name} out"
+                    )
+            return
+        if not _is_int(self.lora_rank) or self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be a positive int or None, got {self.lora_rank!r}")
+        if self.lora_alpha is not None and not (_is_number(self.lora_alpha) and 0 < self.lora_alpha < math.inf):
+            raise ValueError(f"lora_alpha must be a number above 0 or None, got {self.lora_alpha!r}")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}")
+        if self.max_lora_rank is not None and self.max_block_rank < 1:
+            raise ValueError(
+                f"max_lora_rank={self.max_lora_rank} is the rank of blocks and low-rank pair together, and "
+                f"lora_rank={self.lora_rank} leaves none of it to the blocks; raise max_lora_rank, or lower lora_rank"
+            )
+        if self.target_parameters:
+            raise ValueError(
+                f"lora_rank={self.lora_rank} puts a low-rank pair beside the blocks of linear layers, and "
+                f"target_parameters={self.target_parameters} names bare parameters; leave one of them out"
+            )
+
     def _check_runtime(self) -> None:
         if isinstance(self.selection, Path):
             self.selection = str(self.selection)
@@ -460,9 +505,12 @@ def _is_sample(row: Any) -> bool:
     )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_share(name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value <= 1:
+    if not _is_number(value) or not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1 (a share, 0.01 is 1 %), got {value!r}")
 
 

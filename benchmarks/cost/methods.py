@@ -118,6 +118,7 @@ def small(case: Case) -> dict[str, Method]:
         "smt matched, additive": smt(**put(), forward="additive"),
         "smt matched, blocks of 32": smt(**put(), block_size=32),
         "smt clustered": smt(**put(), **clustered),
+        **rosa(case, rank),
         "released, matched": released_smt(**put()),
         "released, clustered": released_smt(**put(), **clustered),
         f"lora r{rank}, equal parameters": lora(rank, case.targets),
@@ -127,6 +128,15 @@ def small(case: Case) -> dict[str, Method]:
         f"shira r{rank}, equal parameters": shira(rank, case.targets),
         "full": full(),
     }
+
+
+def rosa(case: Case, rank: int) -> dict[str, Method]:
+    """Blocks beside low-rank pairs of half that rank; none where they would have no parameters left."""
+    half = rank // 2
+    if half < 1:
+        return {}
+    method = smt(case.density * (rank - half) / rank, case.targets, lora_rank=half)
+    return {f"rosa r{half}, equal parameters": method}
 
 
 def large_blocks(case: Case) -> dict[str, int | str]:

@@ -98,7 +98,8 @@ def prepare(task: Task, method: str, budget: float, settings: dict[str, Any], se
         method: `"full"`, `"smt"` or a name of `RIVALS`.
         budget: rank of the LoRA of all linear layers that has as many trainable weights; ignored by `"full"`.
         settings: `modules` (of `MODULES`); for SMT further fields of `SMTConfig`, `warmup_batches`, `warmup_task` (a
-            task whose rows choose the blocks) and `schedules` (settings by name); for a rival, fields of its config.
+            task whose rows choose the blocks), `low_rank_share` (what of the budget low-rank pairs get beside the
+            blocks: as near as whole ranks come) and `schedules` (settings by name); for a rival, fields of its config.
         seed: of all that is random.
 
     Raises:
@@ -127,7 +128,14 @@ def _smt(
     modules, count = settings.pop("modules", "all"), settings.pop("warmup_batches", 16)
     teacher = settings.pop("warmup_task", task)
     schedules = tuple(SCHEDULES[name](**values) for name, values in settings.pop("schedules", {}).items())
-    density = budget * per_rank(model)[0] / per_rank(model, modules)[1]
+    one, weights = per_rank(model, modules)
+    wanted, share = budget * per_rank(model)[0], settings.pop("low_rank_share", 0.0)
+    if share:
+        settings["lora_rank"] = max(1, round(share * wanted / one))
+        wanted -= settings["lora_rank"] * one
+        if wanted <= 0:
+            raise ValueError(f"a budget of rank {budget} leaves nothing to blocks beside a low-rank pair")
+    density = wanted / weights
     config = SMTConfig(target_modules=MODULES[modules], density=min(1.0, density), seed=seed, **common, **settings)
     rows = None
     if config.needs_data:
@@ -135,7 +143,13 @@ def _smt(
     selection = select_blocks(model, config, rows, count, progress=False)
     config.selection = selection
     model = get_peft_model(model, config)
-    return Prepared(model, selection.effective_numel, selection, schedules)
+    return Prepared(model, trained_by(model, task.head), selection, schedules)
+
+
+def trained_by(model: nn.Module, head: list[str]) -> int:
+    """As `trained`, the padding of ragged blocks not counted."""
+    in_head = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and of_head(name, head))
+    return model.base_model.get_nb_trainable_parameters()[0] - in_head
 
 
 def _limited(batches: Iterator[dict], count: int) -> Iterator[dict]:

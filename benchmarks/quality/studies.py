@@ -50,6 +50,8 @@ FAMILY: dict[str, dict[str, Any]] = {
 #: What related methods add to SMT: a row each of docs/neighbours.md.
 NEIGHBOURS: dict[str, dict[str, Any]] = {
     "lisa": CHOSEN | {"schedules": preset("lisa")},
+    # The paper's r16 beside 0.6 % are as many weights each, on LLaMA2-7B.
+    "rosa": CHOSEN | {"score": "grad_sq", "low_rank_share": 0.5},
 }
 FAMILY |= NEIGHBOURS
 

@@ -68,6 +68,11 @@ def execution_device(module: nn.Module) -> torch.device:
     return torch.device(module._hf_hook.execution_device)
 
 
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, without a gradient; every process must ask where FSDP2 has sharded it."""
+    return tensor.detach().full_tensor() if is_dtensor(tensor) else tensor.detach()
+
+
 @contextmanager
 def present(module: nn.Module, modify: bool = False) -> Iterator[None]:
     """For the length of the context, weights that Accelerate offloads or ZeRO-3 partitions are here, whole.

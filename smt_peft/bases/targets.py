@@ -214,7 +214,7 @@ def _as_target(name: str, module: nn.Module, over_adapters: bool) -> Target:
 
 def _is_own(layer: BaseTunerLayer) -> bool:
     # Told by an attribute: the tuner imports this module.
-    return tuple(layer.adapter_layer_names) == ("smt_blocks",)
+    return "smt_blocks" in layer.adapter_layer_names
 
 
 def _method(layer: BaseTunerLayer) -> str:

@@ -15,8 +15,10 @@ from torch import Tensor
 from ..blocks import BlockGrid, BlockLayout
 from ..config import SMTConfig
 from ..tuner.delta import SMTBlocks
+from ..tuner.low_rank import LowRank, dense_sum, whole
 
 PREFIX, WEIGHT, INDEX = "base_model.model.", ".smt_blocks.weight", ".smt_blocks.index"
+LORA_A, LORA_B = ".smt_low_rank.lora_A", ".smt_low_rank.lora_B"
 
 
 def settings_of(directory: Path) -> dict[str, Any]:
@@ -86,8 +88,9 @@ class SavedAdapter:
 
     @property
     def besides(self) -> dict[str, str]:
-        """Key by name of every tensor that is no block: of modules, tables and token rows trained besides."""
-        return {key.removeprefix(PREFIX): key for key in self.keys if not key.endswith((WEIGHT, INDEX))}
+        """Key by name of every tensor that is neither block nor low-rank pair: of modules, tables and token rows
+        trained besides."""
+        return {key.removeprefix(PREFIX): key for key in self.keys if not key.endswith((*_PARTS, *_PAIR))}
 
     def tensor(self, key: str) -> Tensor:
         with safe_open(self.directory / SAFETENSORS_WEIGHTS_NAME, framework="pt") as tensors:
@@ -110,10 +113,44 @@ class SavedAdapter:
                 "not have; the adapter belongs to another model, use its own base"
             )
         grid = BlockGrid(*shape, rows, cols)
-        weight, index = (self.tensor(PREFIX + module + end) if self._has(module, end) else None for end in _PARTS)
+        weight, index = self._tensors(module, _PARTS)
         with torch.device("meta"):
             SMTBlocks(module, grid, count).check_loaded(weight, index)
         return BlockLayout(grid, index), weight
+
+    def low_rank(self, module: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """The low-rank pair of a module, `(r, cols)` and `(rows, r)`; None when it has none.
+
+        Raises:
+            ValueError: what the file holds cannot be the pair of such a weight; names the module.
+        """
+        pair = self._tensors(module, _PAIR)
+        if self.config.lora_rank is None:
+            if any(tensor is not None for tensor in pair):
+                raise ValueError(
+                    f"{module}: the adapter file has a low-rank pair for this module, but adapter_config.json has no "
+                    "lora_rank; restore the config"
+                )
+            return None
+        with torch.device("meta"):
+            LowRank(module, shape, self.config).check_loaded(*pair)
+        return pair
+
+    def change(self, module: str, shape: tuple[int, int]) -> tuple[BlockLayout, Tensor]:
+        """Where the adapter changes a module's weight, and what it adds there: its blocks, or, with a low-rank pair,
+        the whole matrix as one block.
+
+        Raises:
+            ValueError: as `blocks` and `low_rank`.
+        """
+        layout, weight = self.blocks(module, shape)
+        pair = self.low_rank(module, shape)
+        if pair is None:
+            return layout, weight
+        return whole(layout.grid, weight.device), dense_sum(weight, layout, *pair, self.config.low_rank_scaling)[None]
+
+    def _tensors(self, module: str, ends: tuple[str, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(self.tensor(PREFIX + module + end) if self._has(module, end) else None for end in ends)
 
     def _has(self, module: str, end: str) -> bool:
         return PREFIX + module + end in self.keys
@@ -134,4 +171,4 @@ class SavedAdapter:
         return tuple(sides)
 
 
-_PARTS = (WEIGHT, INDEX)
+_PARTS, _PAIR = (WEIGHT, INDEX), (LORA_A, LORA_B)

@@ -109,7 +109,7 @@ class Edits:
         self._parts = _parts_of(model, checkpoint)
         self._targets = {name: target_of(model, name) for name in _in_order(model, adapter.modules)}
         # The tensors of experts come in turns, each with a part of two or three parameters.
-        self._blocks = lru_cache(maxsize=4)(self._read_blocks)
+        self._changes = lru_cache(maxsize=4)(self._read_change)
         self._set = self._set_besides(model)
         self._by_tensor: dict[str, list[tuple[str, Part]]] = {}
         for name, target in self._targets.items():
@@ -135,8 +135,9 @@ class Edits:
     def check_values(self) -> int:
         """Returns the number of blocks."""
         count = 0
-        for name in self._targets:
-            count += len(self._read_blocks(name)[0])
+        for name, target in self._targets.items():
+            count += len(self.adapter.blocks(name, target.shape)[0])
+            self.adapter.low_rank(name, target.shape)
         for name, edits in self._set.items():
             for key, *_ in edits:
                 if not bool(torch.isfinite(self.adapter.tensor(key)).all()):
@@ -156,7 +157,7 @@ class Edits:
             else:
                 values.view(part.shape)[rows] = trained.to(values.dtype)
         for module, part in self._by_tensor.get(name, ()):
-            layout, delta = self._blocks(module)
+            layout, delta = self._changes(module)
             for positions, added in _elements(layout, delta, self._targets[module], part):
                 merged = ops.add_rounded(values[positions], added)
                 if not bool(torch.isfinite(merged).all()):
@@ -168,14 +169,14 @@ class Edits:
         return values
 
     def places(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        """Which elements of a stored tensor the blocks change, int64, counted row by row, with the module of each."""
+        """Which elements of a stored tensor the adapter changes, int64, counted row by row, with the module of each."""
         for module, part in self._by_tensor.get(name, ()):
-            layout, delta = self._blocks(module)
+            layout, delta = self._changes(module)
             for positions, _ in _elements(layout, delta, self._targets[module], part):
                 yield module, positions
 
-    def _read_blocks(self, module: str) -> tuple[BlockLayout, Tensor]:
-        return self.adapter.blocks(module, self._targets[module].shape)
+    def _read_change(self, module: str) -> tuple[BlockLayout, Tensor]:
+        return self.adapter.change(module, self._targets[module].shape)
 
     def _bases(self) -> dict[str, Sampled]:
         """What the fingerprint asks for of the base, read by itself."""
@@ -337,6 +338,11 @@ def target_of(model: nn.Module, name: str) -> Target:
 def _elements(layout: BlockLayout, delta: Tensor, target: Target, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
     """Places in the stored tensor and what is added there, some blocks at a time."""
     grid = layout.grid
+    if grid.num_blocks == 1:
+        # All of the matrix, as with a low-rank pair: the part of it that is stored here, without a place for each.
+        matrix = delta[0].t() if target.transposed else delta[0]
+        yield slice(None), part.of(matrix.contiguous())
+        return
     first = target.flat(layout.block_rows.long() * grid.block_rows, layout.block_cols.long() * grid.block_cols)
     corner = target.flat(
         ((layout.block_rows.long() + 1) * grid.block_rows).clamp(max=grid.rows) - 1,

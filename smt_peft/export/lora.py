@@ -29,6 +29,7 @@ from ..say import say
 from ..tuner.delta import SMTBlocks
 from ..tuner.experts import ParameterLayer
 from ..tuner.layer import SMTLayer
+from ..tuner.low_rank import LowRank, dense_sum
 from .aside import directory_aside
 from .merge import load_adapter
 
@@ -109,6 +110,7 @@ def convert_to_lora(
     The exact form picks stripes of rows and columns that together hold every block, the cheapest such choice, and puts
     the rows (with a selector as B) and the columns (with one as A) into the factors as they are: `B @ A` is the delta,
     bit for bit in fp32. Its rank is the largest that blocks at these places can have; `exact_ranks` tells it before.
+    A low-rank pair beside the blocks is appended to the factors as it is.
 
     Args:
         source: a `PeftModel`, or the directory of a saved adapter, whose base is then loaded.
@@ -127,10 +129,11 @@ def convert_to_lora(
     tensors, ranks, kept, total = {}, {}, {}, {}
     for path, layer in layers.items():
         blocks = layer.smt_blocks[adapter_name]
-        energy = float(blocks.weight.detach().double().square().sum())
+        pair = layer.pair(adapter_name)
+        energy = float(layer.change(adapter_name)[1].double().square().sum())
         if energy == 0:
             continue
-        left_Nk, right_kK, share = _factors(blocks, rank)
+        left_Nk, right_kK, share = _factors(blocks, rank, pair)
         name = layer.smt_name
         tensors |= _named(path, layer, left_Nk, right_kK)
         ranks[name], kept[name], total[name] = left_Nk.shape[1], share, energy
@@ -153,9 +156,8 @@ def exact_ranks(source: PeftModel | str | Path, adapter_name: str = "default") -
     ranks = {}
     for layer in _layers(model, adapter_name).values():
         layout = layer.smt_blocks[adapter_name].layout()
-        rows_R, cols_C = _cover(layout)
-        heights, widths = layout.grid.heights().numpy(), layout.grid.widths().numpy()
-        ranks[layer.smt_name] = int(heights[rows_R].sum() + widths[cols_C].sum())
+        pair = layer.pair(adapter_name)
+        ranks[layer.smt_name] = _needed(layout, *_cover(layout)) + (pair.rank if pair else 0)
     return ranks
 
 
@@ -186,16 +188,25 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, SMTLayer]:
     return layers
 
 
-def _factors(blocks: SMTBlocks, rank: int | float | str) -> tuple[Tensor, Tensor, float]:
+def _factors(blocks: SMTBlocks, rank: int | float | str, pair: LowRank | None) -> tuple[Tensor, Tensor, float]:
     """`(N, k)` and `(k, K)`, fp32, and the share of the squared norm that their product keeps."""
     layout, weight = blocks.layout(), blocks.weight.detach().float()
     rows_R, cols_C = _cover(layout)
-    needed = int(layout.grid.heights().numpy()[rows_R].sum() + layout.grid.widths().numpy()[cols_C].sum())
+    needed = _needed(layout, rows_R, cols_C) + (pair.rank if pair else 0)
     if rank == "exact" or (isinstance(rank, int) and needed <= rank):
-        return *_exact(weight, layout, rows_R, cols_C), 1.0
-    rows_N = _members(layout.block_rows, layout.grid.block_rows, layout.grid.rows)
-    cols_K = _members(layout.block_cols, layout.grid.block_cols, layout.grid.cols)
-    delta_NK = ops.dense(weight, layout)
+        left_Nk, right_kK = _exact(weight, layout, rows_R, cols_C)
+        if pair is not None:
+            # The scaling goes into B: exact where it is a power of two, as 1 is, else B rounded once.
+            left_Nk = torch.cat((left_Nk, pair.lora_B.detach().float() * pair.scaling), 1)
+            right_kK = torch.cat((right_kK, pair.lora_A.detach().float()))
+        return left_Nk, right_kK, 1.0
+    if pair is None:
+        rows_N = _members(layout.block_rows, layout.grid.block_rows, layout.grid.rows)
+        cols_K = _members(layout.block_cols, layout.grid.block_cols, layout.grid.cols)
+        delta_NK = ops.dense(weight, layout)
+    else:
+        rows_N, cols_K = torch.arange(layout.grid.rows), torch.arange(layout.grid.cols)
+        delta_NK = dense_sum(weight, layout, pair.lora_A, pair.lora_B, pair.scaling)
     u, s, v = torch.linalg.svd(delta_NK[rows_N][:, cols_K], full_matrices=False)
     energies = s.double().square().cumsum(0)
     share = energies / energies[-1]
@@ -204,6 +215,11 @@ def _factors(blocks: SMTBlocks, rank: int | float | str) -> tuple[Tensor, Tensor
     left_Nk, right_kK = delta_NK.new_zeros(delta_NK.shape[0], count), delta_NK.new_zeros(count, delta_NK.shape[1])
     left_Nk[rows_N], right_kK[:, cols_K] = u[:, :count] * s[:count], v[:count]
     return left_Nk, right_kK, float(share[count - 1])
+
+
+def _needed(layout: BlockLayout, rows_R: np.ndarray, cols_C: np.ndarray) -> int:
+    """The rank of an exact form of the blocks."""
+    return int(layout.grid.heights().numpy()[rows_R].sum() + layout.grid.widths().numpy()[cols_C].sum())
 
 
 def _exact(weight: Tensor, layout: BlockLayout, rows_R: np.ndarray, cols_C: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -275,7 +291,7 @@ def _besides(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return {key: tensor for key, tensor in saved.items() if ".smt_blocks." not in key}
+    return {key: tensor for key, tensor in saved.items() if not {"smt_blocks", "smt_low_rank"} & {*key.split(".")}}
 
 
 def _config(model: PeftModel, adapter_name: str, layers: dict[str, SMTLayer], ranks: dict[str, int]) -> LoraConfig:

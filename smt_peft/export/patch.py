@@ -130,6 +130,12 @@ def export_patch(adapter_dir: str | Path, file: str | Path) -> Patch:
     """
     adapter, file = SavedAdapter.open(Path(adapter_dir)), Path(file)
     check_new_file(file)
+    if adapter.config.lora_rank is not None:
+        raise ValueError(
+            f"the adapter in {adapter_dir} has lora_rank={adapter.config.lora_rank}: a low-rank pair changes every "
+            "value of its weights, so a patch would be larger than the model; merge it (smt merge), or export it as "
+            "LoRA (smt export --format lora)"
+        )
     try:
         edits = Edits(adapter, Checkpoint.open(directory_of(adapter.config.base_model_name_or_path)))
     except (NoShards, NotInPlace) as reason:

@@ -69,7 +69,10 @@ def full(model: nn.Module) -> nn.Module:
 
 
 def rivals(
-    selection: BlockSelection, modules_to_save: list[str] | None = None, task_type: str = "CAUSAL_LM"
+    selection: BlockSelection,
+    modules_to_save: list[str] | None = None,
+    task_type: str = "CAUSAL_LM",
+    lora_rank: int | None = None,
 ) -> dict[str, PutOn]:
     """What else could train a model, with as many parameters as the selection where that can be.
 
@@ -77,11 +80,12 @@ def rivals(
         selection: of the whole model.
         modules_to_save: what is trained besides.
         task_type: of the model, as PEFT calls it.
+        lora_rank: of the low-rank pairs beside the blocks.
 
     Returns:
         By name, functions of a model, which may lack layers, and of what of the selection is left in it.
     """
-    rank = lora_config(selection, modules_to_save, task_type).r
+    rank = lora_config(selection, modules_to_save, task_type, lora_rank).r
 
     def adapted(model: nn.Module, rest: BlockSelection, dora: bool) -> nn.Module:
         config = lora_config(rest, modules_to_save, task_type)

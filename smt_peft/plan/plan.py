@@ -138,8 +138,9 @@ class _Planned:
         return self._once(("step", case), lambda: self._memory("SMT", case, put_on, both))
 
     def rivals(self, case: Case) -> Iterator[Memory]:
+        smt = self.run.smt
         for name, put_on in methods.rivals(
-            self.selection(case), self.run.smt.modules_to_save, self.run.smt.task_type
+            self.selection(case), smt.modules_to_save, smt.task_type, smt.lora_rank
         ).items():
             # Packed weights cannot be trained.
             own = replace(case, setting=replace(case.setting, packing=None)) if name == "full" else case

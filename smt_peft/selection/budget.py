@@ -71,7 +71,7 @@ def choose_blocks(
     blocked = blocked or {}
     chosen: dict[str, np.ndarray] = {}
     scopes, notes = make_scopes(grids, config, counts), _Notes()
-    share, rank = (None, None) if counts is not None else (config.max_column_share, config.max_lora_rank)
+    share, rank = (None, None) if counts is not None else (config.max_column_share, config.max_block_rank)
     for scope in scopes:
         whole = [
             Matrix.whole(name, grids[name], _as_array(scores[name]), scope.costs(grids[name]), blocked.get(name))

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerState
 from ..bases.sharded import is_sharded
 from ..tuner.delta import SMTBlocks
 from ..tuner.effective import effective_update
+from ..tuner.low_rank import LowRank
 from .tell import tell
 
 # Of a whole run, whatever `logging_steps` is: each reads all blocks once, as one update does.
@@ -32,9 +33,9 @@ class Measures(TrainerCallback):
 
     Attributes:
         memory: bytes on the device of this process, empty before the end of a training: `weights` (frozen), `trained`
-            (blocks), `moments` (of the optimizer), and `peak`, the most that PyTorch's CUDA allocator held during the
-            training; on a CPU, which counts no such thing, `resident` instead: the largest resident set of the process
-            so far, Python and libraries included.
+            (blocks, low-rank pairs), `moments` (of the optimizer), and `peak`, the most that PyTorch's CUDA allocator
+            held during the training; on a CPU, which counts no such thing, `resident` instead: the largest resident
+            set of the process so far, Python and libraries included.
     """
 
     def __init__(self):
@@ -108,8 +109,9 @@ def measure_effective_update(model: nn.Module) -> dict[str, Any]:
 
 def memory(model: nn.Module, optimizer: Any, device: torch.device) -> dict[str, int]:
     """The storages of a training at its end, see `Measures.memory`."""
-    blocks = {id(module.weight) for module in model.modules() if isinstance(module, SMTBlocks)}
-    tables = {id(module.index) for module in model.modules() if isinstance(module, SMTBlocks)}
+    adapters = [module for module in model.modules() if isinstance(module, (SMTBlocks, LowRank))]
+    blocks = {id(parameter) for module in adapters for parameter in module.parameters(recurse=False)}
+    tables = {id(table) for module in adapters for table in module.buffers(recurse=False)}
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in tables]
     found = {
         "weights": _stored(tensor for tensor in tensors if id(tensor) not in blocks),

@@ -31,6 +31,7 @@ from ..schedules import ScheduleCallback
 from ..selection import select_blocks
 from ..selection.combine import load_selection
 from ..tuner.delta import SMTBlocks
+from ..tuner.low_rank import LowRank
 from . import outputs
 from .compare import lora_config
 from .errors import ConfigError
@@ -202,9 +203,10 @@ def make_trainer(
     trainer.optimizer_cls_and_kwargs = _optimizer(run, args)
     trainer.witness = Path(run.trainer.output_dir) / outputs.RUN
     for module in trainer.model.modules():
-        if isinstance(module, SMTBlocks) and module.weight.requires_grad:
-            # On a quantised base TRL has cast them to bf16, in which small steps from a grown delta are lost.
-            module.weight.data = module.weight.data.float()
+        for parameter in module.parameters(recurse=False) if isinstance(module, (SMTBlocks, LowRank)) else ():
+            if parameter.requires_grad:
+                # On a quantised base TRL has cast them to bf16, in which small steps from a grown delta are lost.
+                parameter.data = parameter.data.float()
     return trainer
 
 
@@ -248,7 +250,7 @@ def measure(run: Run, prepared: Prepared, trainer: Trainer, label: str) -> dict[
 
 def compare_lora(run: Run, prepared: Prepared, selection: BlockSelection) -> dict[str, Any]:
     """Train LoRA for as many steps on the same rows from a fresh copy of the base, and measure it."""
-    config = lora_config(selection, run.smt.modules_to_save, run.smt.task_type)
+    config = lora_config(selection, run.smt.modules_to_save, run.smt.task_type, run.smt.lora_rank)
     rate = run.config.compare_lora_learning_rate or run.trainer.learning_rate
     set_seed(run.trainer.seed)
     prepared.model = task_of(run).load_model(run, prepared.data, run.trainer.device)

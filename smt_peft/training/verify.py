@@ -139,8 +139,10 @@ def describe(result: dict[str, Any]) -> list[str]:
         f"(largest difference {result['reload_difference']:g})",
         f"{passed['blocks']}: the {result['blocks']:,} blocks of the adapter are "
         + ("those of the selection file" if result["selected"] else "sorted, unique and within their weights"),
-        f"{passed['weights']}: merged weights are base + delta, rounded once, in those blocks; the other "
-        f"{result['untouched_weights']:,} weights equal the base bit for bit",
+        f"{passed['weights']}: merged weights are base + delta, rounded once, "
+        + (f"in {result['low_rank']} matrices with low-rank pairs" if result["low_rank"] else "in those blocks")
+        + "; the other "
+        + f"{result['untouched_weights']:,} weights equal the base bit for bit",
         f"{passed['merged']}: merged logits differ from the adapter's by {result['merged_difference']:.2g} at most "
         f"(rounding in {result['dtype']} allows {result['merged_tolerance']:.2g})",
     ]
@@ -192,9 +194,9 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
         plain = dequantise_(base)
         model = PeftModel.from_pretrained(base, settings["adapter"]).eval()
     # Of plain layers, whose weights have their shapes.
-    layouts, deltas, in_full = _read_adapter(Path(settings["adapter"]), selection, before)
+    layouts, deltas, low_rank, in_full = _read_adapter(Path(settings["adapter"]), selection, before)
     merged_model = model.merge_and_unload()
-    weights_ok, untouched = _compare_weights(merged_model, before, layouts, deltas, in_full)
+    weights_ok, untouched = _compare_weights(merged_model, before, layouts, deltas, low_rank, in_full)
     round_to(plain, dtype)
     merged = _logits(merged_model, ids, mask)
     difference = (merged.double() - unmerged.double()).abs().max().item()
@@ -210,6 +212,7 @@ def check(probe: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any]:
         "reload_difference": (own.double() - expected.double()).abs().max().item(),
         "blocks": sum(map(len, layouts.values())),
         "selected": selection is not None,
+        "low_rank": len(low_rank),
         "untouched_weights": untouched,
         "merged_difference": difference,
         "merged_tolerance": tolerance,
@@ -237,15 +240,21 @@ def _by_overlay(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 def _read_adapter(
     directory: Path, selection: BlockSelection | None, base: nn.Module
-) -> tuple[dict[str, BlockLayout], dict[str, Tensor], tuple[str, ...]]:
-    """Layouts and deltas as the file holds them, none when its blocks are not those of the selection; and the names of
-    tensors that are no blocks: of modules and token embeddings trained besides."""
+) -> tuple[dict[str, BlockLayout], dict[str, Tensor], dict[str, Tensor], tuple[str, ...]]:
+    """Layouts and deltas as the file holds them, none when its blocks are not those of the selection; what low-rank
+    pairs add, fp64; and the names of tensors that are no blocks: of modules and token embeddings trained besides."""
     adapter = SavedAdapter.open(directory)
     read = {name: adapter.blocks(name, target_of(base, name).shape) for name in adapter.modules}
     layouts = {name: layout for name, (layout, _) in read.items()}
     if selection is not None and not _same_blocks(layouts, selection):
-        return {}, {}, tuple(adapter.besides)
-    return layouts, {name: delta for name, (_, delta) in read.items()}, tuple(adapter.besides)
+        return {}, {}, {}, tuple(adapter.besides)
+    pairs = {name: adapter.low_rank(name, layout.grid.shape) for name, layout in layouts.items()}
+    low_rank = {name: _product(*pair) * adapter.config.low_rank_scaling for name, pair in pairs.items() if pair}
+    return layouts, {name: delta for name, (_, delta) in read.items()}, low_rank, tuple(adapter.besides)
+
+
+def _product(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+    return sum(column[:, None] * row for column, row in zip(lora_B.double().t(), lora_A.double(), strict=True))
 
 
 def _same_blocks(layouts: dict[str, BlockLayout], selection: BlockSelection) -> bool:
@@ -260,10 +269,12 @@ def _compare_weights(
     base: nn.Module,
     layouts: dict[str, BlockLayout],
     deltas: dict[str, Tensor],
+    low_rank: dict[str, Tensor],
     in_full: tuple[str, ...],
 ) -> tuple[bool, int]:
     """Whether merged == base + delta rounded once inside the blocks, == base outside; and how many lie outside.
 
+    With a low-rank pair nothing of a matrix lies outside.
     Modules that a tensor of `in_full` belongs to are passed over: they were trained besides the blocks.
     """
     from transformers.pytorch_utils import Conv1D
@@ -278,18 +289,22 @@ def _compare_weights(
         expected = before.detach()
         if module in layouts:
             transposed = module != name and isinstance(base.get_submodule(module), Conv1D)
-            expected = _merged_by_hand(expected.t() if transposed else expected, layouts[module], deltas[module])
             expected = expected.t() if transposed else expected
-            untouched -= layouts[module].effective_numel
+            expected = _merged_by_hand(expected, layouts[module], deltas[module], low_rank.get(module))
+            expected = expected.t() if transposed else expected
+            untouched -= before.numel() if module in low_rank else layouts[module].effective_numel
         untouched += before.numel()
         same = same and torch.equal(after[name].detach().cpu(), expected)
     return same, untouched
 
 
-def _merged_by_hand(weight: Tensor, layout: BlockLayout, delta: Tensor) -> Tensor:
+def _merged_by_hand(weight: Tensor, layout: BlockLayout, delta: Tensor, low_rank: Tensor | None) -> Tensor:
     row_Br, col_Bc = layout.lines()
     inside = layout.padding_mask()
     rows, cols = (line.expand(inside.shape)[inside] for line in (row_Br[:, :, None], col_Bc[:, None, :]))
+    if low_rank is not None:
+        low_rank[rows, cols] += delta[inside].double()
+        return (weight.float() + low_rank.float()).to(weight.dtype)
     merged = weight.clone(memory_format=torch.contiguous_format)
     # Experts are stored in three dimensions and are one matrix above the other to the layout.
     matrix = merged.view(layout.grid.shape)

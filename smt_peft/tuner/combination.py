@@ -40,6 +40,11 @@ def check_combination(
                     f"Adapter {adapter} has {field}={value}, which are no deltas of blocks and cannot be added; "
                     "combine adapters without them"
                 )
+        if rank := configs[adapter].lora_rank:
+            raise ValueError(
+                f"Adapter {adapter} has lora_rank={rank}: low-rank pairs are products, and their sum is no pair of "
+                "that rank; combine adapters without lora_rank, or merge one after the other (merge_adapter)"
+            )
     if adapter_name in configs:
         raise ValueError(f"there is an adapter {adapter_name} already; delete_adapter it first, or take another name")
 

@@ -29,6 +29,8 @@ class SMTBlocks(nn.Module):
         looked_up: whether rows of the matrix are looked up, as those of an embedding table.
     """
 
+    kind, starts_at_zero = "smt_blocks", "weight"
+
     def __init__(self, name: str, grid: BlockGrid, num_blocks: int, looked_up: bool = False):
         super().__init__()
         self.name = name
@@ -46,6 +48,11 @@ class SMTBlocks(nn.Module):
     def shape(self) -> tuple[int, int, int]:
         """`(num_blocks, rows, cols)`, also where the weight is sharded: engines leave buffers whole."""
         return (len(self.index), *self.grid.block_shape)
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        """What is saved, and its shape."""
+        return {"weight": self.shape, "index": tuple(self.index.shape)}
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """`y + X delta^T`, where `y` `(..., rows)` is what the base layer made of `x` `(..., cols)`.

@@ -7,20 +7,20 @@ Where that is most entries, the learning rate is too low for the dtype, and the 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..bases.sharded import is_dtensor, present, why_absent
-from .delta import SMTBlocks
+from ..bases.sharded import full, is_dtensor, present, why_absent
 from .layer import SMTLayer
 
 
 @dataclass(frozen=True)
 class Effective:
-    """The entries of the blocks of one module; padding is not among them.
+    """The entries of the blocks of one module; padding is not among them. A low-rank pair trains every entry.
 
     Args:
         dtype: in which the base has them, `"bfloat16"`; of a packed base, that of the dequantised values.
@@ -53,24 +53,23 @@ def effective_update(model: nn.Module, adapter: str = "default") -> dict[str, Ef
 
 
 def _count(layer: SMTLayer, adapter: str) -> Effective:
-    blocks = layer.smt_blocks[adapter]
-    with present(layer.get_base_layer()), present(blocks):
-        before, after = _before_and_after(layer, blocks, adapter)
+    pair = layer.pair(adapter)
+    here = nullcontext() if pair is None else present(pair)
+    with present(layer.get_base_layer()), present(layer.smt_blocks[adapter]), here:
+        weight = _readable_weight(layer)
+        layout, delta = layer.change(adapter)
+        before = ops.block_gather(weight, layout)
+        after = ops.add_rounded(before, delta)
         # Padding is zero in all of them.
-        both = torch.stack((torch.count_nonzero(_whole(blocks.weight)), torch.count_nonzero(before != after)))
+        both = torch.stack((torch.count_nonzero(delta), torch.count_nonzero(before != after)))
     dtype = str(before.dtype).removeprefix("torch.")
-    return Effective(dtype, blocks.layout().effective_numel, *both.tolist())
+    return Effective(dtype, layout.effective_numel, *both.tolist())
 
 
-def _before_and_after(layer: SMTLayer, blocks: SMTBlocks, adapter: str) -> tuple[Tensor, Tensor]:
+def _readable_weight(layer: SMTLayer) -> Tensor:
     stored = layer.stored_weight()
-    if is_dtensor(stored) or is_dtensor(blocks.weight):
-        before = ops.block_gather(_whole(layer.weight_view()), blocks.layout())
-        return before, ops.add_rounded(before, _whole(blocks.weight))
+    if is_dtensor(stored):
+        return full(layer.weight_view())
     if reason := why_absent(stored):
         raise ValueError(f"{layer.smt_name}: the weight is {reason}, so what changed in it cannot be counted here")
-    return layer._merged_blocks(adapter)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.detach().full_tensor() if is_dtensor(tensor) else tensor.detach()
+    return layer.readable_weight()

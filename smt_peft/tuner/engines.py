@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..bases.sharded import is_dtensor, plain_name, present
 from ..bases.target import Target
 from .delta import SMTBlocks
+from .low_rank import LowRank
 
 # Dimensions of a mesh over which FSDP2 shards or replicates; a mesh of `fully_shard` itself has no names.
 _FSDP_MESH = {"fsdp", "dp", "dp_shard", "dp_replicate", "shard", "replicate"}
@@ -56,7 +57,7 @@ def check_whole(targets: Mapping[str, Target], inference_mode: bool) -> None:
             )
 
 
-def gather_blocks(tensors: dict[str, Tensor], blocks: Mapping[str, SMTBlocks]) -> dict[str, Tensor]:
+def gather_blocks(tensors: dict[str, Tensor], blocks: Mapping[str, SMTBlocks | LowRank]) -> dict[str, Tensor]:
     """The tensors to save, with every sharded one gathered. Every process must call this where any is sharded.
 
     Args:
@@ -70,23 +71,23 @@ def gather_blocks(tensors: dict[str, Tensor], blocks: Mapping[str, SMTBlocks]) -
         return {}
     whole = {key: tensor.full_tensor() if is_dtensor(tensor) else tensor for key, tensor in tensors.items()}
     for name, module in blocks.items():
-        key = f"{name}.weight"
-        if key in whole and whole[key].numel() == 0 and hasattr(module.weight, "ds_id"):
+        partitioned = {f"{name}.{part}": held for part, held in module.named_parameters() if hasattr(held, "ds_id")}
+        if any(key in whole and whole[key].numel() == 0 for key in partitioned):
             with present(module):
-                whole[key] = module.weight.detach().clone()
-        for part, shape in (("weight", module.shape), ("index", tuple(module.index.shape))):
+                whole |= {key: held.detach().clone() for key, held in partitioned.items()}
+        for part, shape in module.parts.items():
             found = whole.get(f"{name}.{part}")
             if found is None or tuple(found.shape) != shape:
                 had = "nothing" if found is None else f"shape {tuple(found.shape)}"
                 raise ValueError(
-                    f"{module.name}: the state dict has {had} for smt_blocks.{part}, which is {shape} in full, so "
+                    f"{module.name}: the state dict has {had} for {module.kind}.{part}, which is {shape} in full, so "
                     "nothing was saved; the model is sharded: gather the state dict on every process "
                     "(accelerator.get_state_dict(model)) and save with save_pretrained(..., state_dict=it)"
                 )
     return whole
 
 
-def _is_saving(blocks: Mapping[str, SMTBlocks]) -> bool:
+def _is_saving(blocks: Mapping[str, SMTBlocks | LowRank]) -> bool:
     """Whether it is this process whose tensors are saved: the first, unless it may not gather what ZeRO-3 has
     partitioned, when Trainer saves an empty adapter, deletes it, and lets DeepSpeed save the parts."""
     first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

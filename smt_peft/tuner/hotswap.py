@@ -20,6 +20,7 @@ from ..blocks import BlockGrid
 from ..config import SMTConfig
 from .delta import SMTBlocks
 from .layer import SMTLayer
+from .low_rank import LowRank
 from .plan import check_base
 
 _PREFIX = "base_model.model."
@@ -56,7 +57,10 @@ def hotswap_adapter(
     check_base(config, {name: layer.evidence() for name, layer in layers.items() if not layer.merged})
     with torch.no_grad():
         for name, layer in layers.items():
-            _overwrite(layer.smt_blocks[adapter_name], saved.get(name))
+            parts = saved.get(name)
+            _overwrite(layer.smt_blocks[adapter_name], parts)
+            if adapter_name in layer.smt_low_rank:
+                _overwrite_pair(layer.smt_low_rank[adapter_name], parts)
 
 
 def make_room(model: nn.Module, adapter_name: str, configs: Sequence[SMTConfig]) -> None:
@@ -112,15 +116,22 @@ def _check_configs(config: PeftConfig, loaded: PeftConfig, path: str) -> None:
                 raise ValueError(
                     f"{which} has {field}={value}, which cannot be swapped in place; use load_adapter and set_adapter"
                 )
+    new, old = ((each.lora_rank, each.low_rank_scaling) for each in (config, loaded))
+    if new != old:
+        raise ValueError(
+            f"the saved adapter has lora_rank={new[0]} with scaling {new[1]:g}, the loaded one lora_rank={old[0]} with "
+            f"{old[1]:g}; use load_adapter and set_adapter"
+        )
 
 
 def _blocks_by_module(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """`{module: {"weight": ..., "index": ...}}`; what else is saved must be what the model holds already."""
+    """`{module: {"weight": ..., "index": ...}}`, with `"lora_A"` and `"lora_B"` of a low-rank pair; what else is saved
+    must be what the model holds already."""
     parameters = dict(model.named_parameters())
     merged = {f"{path}.base_layer.weight": m for path, m in model.named_modules() if getattr(m, "_merges", None)}
     saved: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, found, part = key.partition(".smt_blocks.")
+        name, found, part = _split(key)
         if found:
             saved.setdefault(name.removeprefix(_PREFIX), {})[part] = tensor
             continue
@@ -132,6 +143,11 @@ def _blocks_by_module(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[s
                 "load_adapter and set_adapter, or save it with save_embedding_layers=False"
             )
     return saved
+
+
+def _split(key: str) -> tuple[str, str, str]:
+    name, found, part = key.partition(".smt_low_rank.")
+    return (name, found, part) if found else key.partition(".smt_blocks.")
 
 
 def _check_fit(saved: dict[str, dict[str, Tensor]], layers: dict[str, SMTLayer], adapter_name: str) -> None:
@@ -147,6 +163,8 @@ def _check_fit(saved: dict[str, dict[str, Tensor]], layers: dict[str, SMTLayer],
                 f"{len(blocks.weight)}; load the larger adapter first, or call make_room before compiling"
             )
         blocks.check_values(weight, index)
+        if adapter_name in layers[name].smt_low_rank:
+            layers[name].smt_low_rank[adapter_name].check_loaded(parts.get("lora_A"), parts.get("lora_B"))
 
 
 def _check_shape(name: str, shape: tuple[int, ...], layers: dict[str, SMTLayer], adapter_name: str) -> None:
@@ -176,6 +194,14 @@ def _overwrite(blocks: SMTBlocks, saved: dict[str, Tensor] | None) -> None:
     blocks.weight.copy_(weight)
     # The index is checked and its derived tensors are made now, so that a compiled call finds them.
     blocks.layout()
+
+
+def _overwrite_pair(pair: LowRank, saved: dict[str, Tensor] | None) -> None:
+    if saved is None:
+        pair.lora_B.zero_()
+        return
+    for part in pair.parts:
+        getattr(pair, part).copy_(saved[part])
 
 
 def _widened(blocks: SMTBlocks, count: int) -> SMTBlocks:

@@ -11,32 +11,36 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from ..bases.fingerprint import Weight
-from ..bases.sharded import execution_device, is_offloaded, present
+from ..bases.sharded import execution_device, full, is_offloaded, present
 from ..bases.target import evidence_of
 from ..blocks import BlockGrid, BlockLayout
 from ..config import SMTConfig
 from ..say import once
 from .delta import SMTBlocks
 from .gate import why_not_merged
+from .low_rank import LowRank, dense_sum, whole
 
 
 class SMTLayer(BaseTunerLayer):
     """What SMT layers have in common: their adapters, and merging them."""
 
-    adapter_layer_names = ("smt_blocks",)
+    adapter_layer_names = ("smt_blocks", "smt_low_rank")
     other_param_names = ("smt_forward",)
     # Whether rows of the weight are looked up instead of multiplied with.
     looked_up = False
+    # Whether a low-rank pair may stand beside the blocks.
+    takes_low_rank = False
 
     def __init__(self, base_layer: nn.Module, name: str, **kwargs: Any):
         self.base_layer = base_layer
         self.smt_name = name
         self.smt_blocks = nn.ModuleDict()
+        self.smt_low_rank = nn.ModuleDict()
         self.smt_forward: dict[str, str] = {}
         self._disable_adapters = False
         self.merged_adapters = []
         # Per merged adapter the blocks of the weight as they were and where, so that unmerging restores them bit for
-        # bit, whatever has been loaded into the adapter since.
+        # bit, whatever has been loaded into the adapter since. A low-rank pair changes all of the weight: one block.
         self._originals: dict[str, tuple[BlockLayout, Tensor]] = {}
         # What has been merged into the weight, in order: by this layer and, where the weight is tied, by others.
         self._merges: list[tuple[SMTLayer, str]] = []
@@ -83,6 +87,7 @@ class SMTLayer(BaseTunerLayer):
         """Add or replace an adapter of `num_blocks` blocks at the positions `index`, int32 `(num_blocks, 2)`."""
         self.check_forward(config.forward)
         self.check_grid(grid)
+        self._check_low_rank(config.lora_rank)
         blocks = SMTBlocks(self.smt_name, grid, num_blocks, self.looked_up)
         # Whole, also where DeepSpeed has partitioned it at birth.
         with torch.no_grad(), present(blocks, modify=True):
@@ -92,6 +97,10 @@ class SMTLayer(BaseTunerLayer):
                 mask = BlockLayout(grid, blocks.index).padding_mask() if grid.is_ragged else 1
                 blocks.weight.normal_(std=0.02).mul_(mask)
         self.smt_blocks[adapter_name] = blocks
+        if config.lora_rank is not None:
+            self.smt_low_rank[adapter_name] = LowRank(self.smt_name, grid.shape, config)
+        elif adapter_name in self.smt_low_rank:
+            del self.smt_low_rank[adapter_name]
         self.smt_forward[adapter_name] = config.forward
         base = self.get_base_layer()
         if is_offloaded(base):
@@ -102,6 +111,14 @@ class SMTLayer(BaseTunerLayer):
             # Made now, so that a compiler or tracer finds it made.
             self.smt_blocks[adapter_name].layout()
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _check_low_rank(self, rank: int | None) -> None:
+        if rank is not None and not self.takes_low_rank:
+            raise ValueError(
+                f"{self.smt_name}: lora_rank={rank} puts a low-rank pair beside the blocks of linear layers, and a "
+                f"{type(self.get_base_layer()).__name__} is none; add this module to exclude_modules, or leave "
+                "lora_rank out"
+            )
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
@@ -120,9 +137,23 @@ class SMTLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense matrix of the shape and on the device of the base weight, fp32."""
-        blocks = self.smt_blocks[adapter]
-        delta = ops.dense(blocks.weight.detach(), blocks.layout())
+        delta = ops.dense(*reversed(self.change(adapter)))
         return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def pair(self, adapter: str) -> LowRank | None:
+        """The low-rank pair beside the adapter's blocks, where it has one."""
+        return self.smt_low_rank[adapter] if adapter in self.smt_low_rank else None  # noqa: SIM401 (no such method)
+
+    def change(self, adapter: str) -> tuple[BlockLayout, Tensor]:
+        """Where an adapter changes the weight, and what it adds there: its blocks, or, with a low-rank pair, the whole
+        matrix as one block."""
+        blocks = self.smt_blocks[adapter]
+        layout, delta = blocks.layout(), full(blocks.weight)
+        pair = self.pair(adapter)
+        if pair is None:
+            return layout, delta
+        delta = dense_sum(delta, layout, full(pair.lora_A), full(pair.lora_B), pair.scaling)
+        return whole(layout.grid, delta.device), delta[None]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # A block-sparse delta is of high rank: a low-rank copy would silently lose most of it.
@@ -140,8 +171,7 @@ class SMTLayer(BaseTunerLayer):
         self.heal()
         self.check_merge(adapter_names, safe_merge)
         for adapter in adapter_names:
-            layout = self.smt_blocks[adapter].layout()
-            original, merged = self._merged_blocks(adapter)
+            layout, original, merged = self._merged_blocks(adapter)
             ops.block_scatter_(self.weight_view().data, merged, layout)
             self._originals[adapter] = layout, original
             self._merges.append((self, adapter))
@@ -162,7 +192,7 @@ class SMTLayer(BaseTunerLayer):
             # Refuses an impossible index.
             self.smt_blocks[adapter].layout()
         for adapter in names if safe_merge else ():
-            if not bool(torch.isfinite(self._merged_blocks(adapter)[1]).all()):
+            if not bool(torch.isfinite(self._merged_blocks(adapter)[-1]).all()):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer "
                     f"{self.smt_name}); the base weights were left as they were"
@@ -171,10 +201,15 @@ class SMTLayer(BaseTunerLayer):
     def _why_not_merged(self) -> str | None:
         return why_not_merged(self.get_base_layer())
 
-    def _merged_blocks(self, adapter: str) -> tuple[Tensor, Tensor]:
-        blocks = self.smt_blocks[adapter]
-        original = ops.block_gather(self.weight_view().data, blocks.layout())
-        return original, ops.add_rounded(original, blocks.weight.detach())
+    def _merged_blocks(self, adapter: str) -> tuple[BlockLayout, Tensor, Tensor]:
+        """Where an adapter changes the weight, what stands there, and what merging makes of it."""
+        layout, delta = self.change(adapter)
+        original = ops.block_gather(self.readable_weight(), layout)
+        return layout, original, ops.add_rounded(original, delta)
+
+    def readable_weight(self) -> Tensor:
+        """The base weight in floats, `(out_features, in_features)`."""
+        return self.weight_view().data
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit.

@@ -16,6 +16,8 @@ from .layer import SMTLayer
 class Linear(HealingModule, SMTLayer):
     """SMT over `torch.nn.Linear` or GPT-2's `Conv1D`. The class name is what PEFT's `all-linear` recognises."""
 
+    takes_low_rank = True
+
     def __init__(self, base_layer: nn.Module, name: str, **kwargs: Any):
         super().__init__()
         SMTLayer.__init__(self, base_layer, name, **kwargs)
@@ -28,9 +30,16 @@ class Linear(HealingModule, SMTLayer):
             return self._mixed_forward(x, adapter_names, *args, **kwargs)
         if not active:
             return self.base_layer(x, *args, **kwargs)
-        if args or kwargs:
-            return self._opaque_forward(x, active, *args, **kwargs)
-        return self._chosen_forward(x, active)
+        opaque = args or kwargs
+        y = self._opaque_forward(x, active, *args, **kwargs) if opaque else self._chosen_forward(x, active)
+        return self.add_low_rank(y, x, active) if self.smt_low_rank else y
+
+    def add_low_rank(self, y: Tensor, x: Tensor, active: list[str]) -> Tensor:
+        """What low-rank pairs of these adapters add to the layer's output, where there are any."""
+        for name in active:
+            if name in self.smt_low_rank:
+                y = self.smt_low_rank[name](y, x)
+        return y
 
     def _chosen_forward(self, x: Tensor, active: list[str]) -> Tensor:
         forwards = {self.smt_forward[name] for name in active}
@@ -76,8 +85,17 @@ class Linear(HealingModule, SMTLayer):
             if name not in self.smt_blocks:
                 continue
             rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-            y[rows] = self.smt_blocks[name](y[rows], x[rows])
+            y[rows] = self.add_low_rank(self.smt_blocks[name](y[rows], x[rows]), x[rows], [name])
         return y
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            # Nothing takes this merge back, and with low-rank pairs they are as large as the model.
+            self._originals.clear()
+        return self.get_base_layer()
 
     def extra_repr(self) -> str:
         return f"forward={self._told or 'not yet chosen'}"

@@ -26,6 +26,7 @@ from .engines import PlainNames, gather_blocks
 from .experts import ParameterLayer, ParamWrapper, check_rows
 from .layer import SMTLayer
 from .linear import Linear
+from .low_rank import LowRank
 from .plan import Plan, check_base, make_plan
 from .quantised import QuantisedLinear, tell_rounding
 
@@ -288,7 +289,7 @@ class SMTModel(BaseTuner):
         tensors = super()._get_adapter_state_dict(
             PlainNames(model), config, adapter_name, state_dict, unwanted_adapter_names
         )
-        return gather_blocks(tensors, _blocks_of(model, adapter_name))
+        return gather_blocks(tensors, _saved_of(model, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -301,11 +302,11 @@ class SMTModel(BaseTuner):
                 was being added is taken out again.
         """
         remapped = super()._remap_adapter_state_dict_for_load(PlainNames(model), config, adapter_name, state_dict)
-        blocks = _blocks_of(model, adapter_name)
+        saved = _saved_of(model, adapter_name)
         try:
-            _check_file(remapped, blocks)
-            # An adapter that was never trained does no harm on any base.
-            if any(bool(remapped[f"{name}.weight"].any()) for name in blocks):
+            _check_file(remapped, saved)
+            # An adapter that was never trained does no harm on any base: its blocks and its lora_B are zero.
+            if any(bool(remapped[f"{name}.{module.starts_at_zero}"].any()) for name, module in saved.items()):
                 check_base(
                     config, {layer.smt_name: layer.evidence() for layer in _layers_of(model) if not layer.merged}
                 )
@@ -369,6 +370,16 @@ def _blocks_of(model: nn.Module, adapter_name: str) -> dict[str, SMTBlocks]:
     }
 
 
+def _saved_of(model: nn.Module, adapter_name: str) -> dict[str, SMTBlocks | LowRank]:
+    """What an adapter saves: its blocks and its low-rank pairs, by the prefix of their keys."""
+    named = ((plain_name(name), module) for name, module in model.named_modules())
+    return {
+        name: module
+        for name, module in named
+        if isinstance(module, (SMTBlocks, LowRank)) and name.endswith(f"{module.kind}.{adapter_name}")
+    }
+
+
 def _awaits_values(module: nn.Module) -> bool:
     """Whether blocks are on the meta device until their file is read (`low_cpu_mem_usage`)."""
     return any(blocks.weight.is_meta for blocks in module.modules() if isinstance(blocks, SMTBlocks))
@@ -387,15 +398,21 @@ def _unmerge_tables(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
             state_dict[key] = merged[id(module.weight)].unmerged_weight().to(state_dict[key])
 
 
-def _check_file(tensors: dict[str, Tensor], blocks: dict[str, SMTBlocks]) -> None:
-    for name, module in blocks.items():
-        module.check_loaded(tensors.get(f"{name}.weight"), tensors.get(f"{name}.index"))
-    known = {f"{name}.{part}" for name in blocks for part in ("weight", "index")}
+def _check_file(tensors: dict[str, Tensor], saved: dict[str, SMTBlocks | LowRank]) -> None:
+    for name, module in saved.items():
+        module.check_loaded(*(tensors.get(f"{name}.{part}") for part in module.parts))
+    known = {f"{name}.{part}" for name, module in saved.items() for part in module.parts}
     if extra := [key for key in tensors if ".smt_blocks." in key and key not in known]:
         raise ValueError(
             f"{extra[0].split('.smt_blocks.')[0]}: the adapter file has blocks for this module, but block_pattern in "
             "adapter_config.json does not name it, or the model has no such target; restore the config, or load the "
             "adapter on its own base"
+        )
+    if extra := [key for key in tensors if ".smt_low_rank." in key and key not in known]:
+        raise ValueError(
+            f"{extra[0].split('.smt_low_rank.')[0]}: the adapter file has a low-rank pair for this module, but "
+            "adapter_config.json has no lora_rank, or does not name the module; restore the config, or save the "
+            "adapter again"
         )
 
 

@@ -139,7 +139,7 @@ class QuantisedLinear(Linear):
         before = self.format.read(base)
         wanted = before.clone()
         for adapter in names:
-            layout, delta = self.smt_blocks[adapter].layout(), self.smt_blocks[adapter].weight.detach()
+            layout, delta = self.change(adapter)
             ops.block_scatter_(wanted, ops.add_rounded(ops.block_gather(wanted, layout), delta), layout)
         self.format.write(base, wanted)
         self.rounding = Rounding.of(before, wanted, self.format.read(base))
@@ -157,10 +157,8 @@ class QuantisedLinear(Linear):
     def _why_not_merged(self) -> str | None:
         return self.format.why_not_written(self.get_base_layer())
 
-    def _merged_blocks(self, adapter: str) -> tuple[Tensor, Tensor]:
-        blocks = self.smt_blocks[adapter]
-        original = ops.block_gather(self.format.read(self.get_base_layer()), blocks.layout())
-        return original, ops.add_rounded(original, blocks.weight.detach())
+    def readable_weight(self) -> Tensor:
+        return self.format.read(self.get_base_layer())
 
 
 @dataclass

@@ -174,6 +174,7 @@ CASES = {
     "llama": (tiny_llama, {}),
     "gpt2": (tiny_gpt2, {}),
     "columns": (tiny_llama, {"block_size": [-1, 1]}),
+    "low-rank pairs": (tiny_llama, {"lora_rank": 3, "lora_alpha": 5}),
     "tables": (tiny_llama, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "modules in full": (tiny_llama, {"modules_to_save": ["lm_head"]}),
     "token rows": (tiny_llama, {"trainable_token_indices": [1, 5]}),

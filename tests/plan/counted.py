@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from benchmarks.cost.methods import smt_config
 from benchmarks.cost.model import checkpointed, llama, random_batch
+from smt_peft import SMTConfig
 from smt_peft.plan import methods
 from smt_peft.plan.activations import Step, step
 from smt_peft.plan.device import Device
@@ -64,10 +65,15 @@ def lora_config(dora: bool) -> LoraConfig:
     return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", use_dora=dora)
 
 
+def rosa_config() -> SMTConfig:
+    return smt_config(DENSITY, lora_rank=RANK)
+
+
 def without_values(model: Model, method: str) -> nn.Module:
     base = methods.empty(model.build)
     put_on: dict[str, Callable[[], nn.Module]] = {
         "smt": lambda: methods.smt(base, smt_config(DENSITY), methods.assumed_selection(base, smt_config(DENSITY))),
+        "rosa": lambda: methods.smt(base, rosa_config(), methods.assumed_selection(base, rosa_config())),
         "lora": lambda: methods.lora(base, lora_config(False)),
         "dora": lambda: methods.lora(base, lora_config(True)),
         "full": lambda: methods.full(base),

@@ -18,6 +18,8 @@ from smt_peft.training.verify_adapter import verify_adapter
 
 CASES = {
     "bf16": (tiny_llama, {"dtype": torch.bfloat16, "shard": "20KB"}),
+    "low-rank pairs in bf16": (tiny_llama, {"dtype": torch.bfloat16, "lora_rank": 3, "lora_alpha": 5}),
+    "transposed, low-rank pairs": (tiny_gpt2, {"lora_rank": 3}),
     "transposed, a head in full": (tiny_gpt2, {"modules_to_save": ["ln_f"]}),
     "experts": (tiny_qwen3_moe, {"target_modules": None, "target_parameters": EXPERTS, "density": 0.3}),
 }

@@ -173,6 +173,7 @@ ALIASES: dict[str, Alias] = {
 
 _METHOD = "the method of a run is always SMT, leave it out; its settings are in the smt: block"
 _BUDGET = "blocks have no rank; write smt: {density: 0.01}, the trained share of the targeted weights"
+_RANK = f"{_BUDGET}; for a low-rank pair beside the blocks, smt: {{lora_rank: <value>}}"
 _SPLIT = "nothing is split off the training set; put rows aside in a file and write eval_dataset_path: FILE"
 _QUANTISE = "write load_in_4bit: true (and bnb_4bit_quant_type: nf4 or fp4) or load_in_8bit: true"
 _TARGETS = "write smt: {target_modules: all-linear}, or a list of names"
@@ -186,10 +187,10 @@ REFUSED: dict[str, str] = {
     "train_type": _METHOD,
     "use_peft": _METHOD,
     "use_peft_smt": _METHOD,
-    "lora_r": _BUDGET,
-    "lora_rank": _BUDGET,
-    "lora_alpha": "blocks are added as they are, without a factor; leave it out",
-    "lora_dropout": "blocks have no dropout; leave it out",
+    "lora_r": _RANK,
+    "lora_rank": _RANK,
+    "lora_alpha": "blocks are added as they are, without a factor; leave it out, or set smt.lora_rank and .lora_alpha",
+    "lora_dropout": "blocks have no dropout; leave it out, or set smt.lora_rank and smt.lora_dropout",
     "smt_dropout": "blocks have no dropout; leave it out",
     "lora_target": _TARGETS,
     "lora_target_modules": _TARGETS,

@@ -46,7 +46,12 @@ FAMILY: dict[str, dict[str, Any]] = {
     "released": CHOSEN | {"score": "mean_abs", "budget": "global", "spread": "free"},
 }
 #: What related methods add to SMT: a row each of docs/neighbours.md.
-NEIGHBOURS: dict[str, dict[str, Any]] = {}
+NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "mezo": CHOSEN | {"score": "random", "optimizer": "mezo"},
+    "sparse mezo": CHOSEN | {"score": "small_magnitude", "spread": "free", "optimizer": "mezo"},
+}
+#: Where the searches of those start whose rates are not AdamW's.
+NEIGHBOUR_START = {"mezo": 0.128, "sparse mezo": 0.128}
 FAMILY |= NEIGHBOURS
 
 
@@ -76,7 +81,7 @@ def cell(task: str, name: str, rank: float, **changes: Any) -> Cell:
     scale = RATE_SCALE.get(task, 1.0)
     label = ", ".join([name, *(f"{key}={value}" for key, value in changes.items())])
     if name in FAMILY:
-        return Cell(task, label, SMT, rank, FAMILY[name] | changes, scale * START[SMT])
+        return Cell(task, label, SMT, rank, FAMILY[name] | changes, scale * NEIGHBOUR_START.get(name, START[SMT]))
     return Cell(task, label, name, 0 if name == "full" else rank, changes, scale * START[name])
 
 

@@ -51,7 +51,7 @@ def stages(out: Path, dry: bool) -> list[Stage]:
         "-m",
         "gpu",
         "tests/ops",
-        "tests/test_optim.py",
+        "tests/optim",
         "tests/gpu",
         "-rs",
         f"--junitxml={out / 'tests.xml'}",

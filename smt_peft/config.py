@@ -28,11 +28,12 @@ SCORES = (
     "taylor",
     "activation",
     "magnitude",
+    "small_magnitude",
     "low_rank_magnitude",
     "random",
     "diagonal",
 )
-DATA_FREE_SCORES = ("magnitude", "low_rank_magnitude", "random", "diagonal")
+DATA_FREE_SCORES = ("magnitude", "small_magnitude", "low_rank_magnitude", "random", "diagonal")
 BUDGETS = ("global", "per_module", "per_layer")
 # Fields that PEFT or a saved adapter records, and no choice of a user.
 RECORDED = frozenset(
@@ -91,8 +92,9 @@ class SMTConfig(PeftConfig):
             `num_blocks` beside it.
         score: how a block is ranked; one of `grad_abs` (mean over batches of |g|), `grad_sum_abs` (|sum of g|),
             `mean_abs` (|mean of signed g|), `grad_sq` (mean of g squared), `taylor` (|w g|), `activation` (per input
-            column), `magnitude` (|w|), `low_rank_magnitude` (|w| after rank reduction), `random`, `diagonal`; or a
-            callable `(weight, grad) -> scores`, all of shape `(out_features, in_features)`.
+            column), `magnitude` (|w|), `small_magnitude` (the least |w| first), `low_rank_magnitude` (|w| after rank
+            reduction), `random`, `diagonal`; or a callable `(weight, grad) -> scores`, all of shape
+            `(out_features, in_features)`.
         budget: within what the best blocks are taken: `"global"`, `"per_module"`, `"per_layer"`, or a
             `{regex: share}` map that gives the modules matching each regex their share of the whole budget.
         spread: how chosen blocks lie in a matrix: `"free"`; `"capped"`, as few per row and column stripe as the budget

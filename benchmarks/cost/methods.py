@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,7 +12,8 @@ from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.bases.targets import find_targets
-from smt_peft.optim import SMTAdamW
+from smt_peft.optim import MeZO, SMTAdamW
+from smt_peft.tuner.padding import padding_masks
 
 from . import released
 from .model import Case
@@ -30,18 +31,22 @@ class Method:
         optimizer: takes the trainable parameters; None: nothing is trained, and a step is the frozen pass.
         autocast: whether the pass runs under bf16 autocast.
         build: makes the frozen model where it is not the one of all others.
+        backward: whether there is a backward pass; else the optimizer, if there is one, is `MeZO`.
     """
 
     put_on: Callable[[nn.Module], nn.Module]
     optimizer: Callable[..., torch.optim.Optimizer] | None = torch.optim.AdamW
     autocast: bool = False
     build: Callable[[], nn.Module] | None = None
+    backward: bool = True
 
     def on(self, base: nn.Module) -> Training:
         model = self.put_on(base).train()
         if self.optimizer is None:
-            return Training(model)
+            return Training(model, backward=self.backward)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self.backward:
+            return Training(model, self.optimizer(trained, masks=padding_masks(model)), self.autocast, backward=False)
         # Parameters of a GPU: one fused kernel instead of several.
         fused = {"fused": True} if self.optimizer is torch.optim.AdamW and trained[0].is_cuda else {}
         return Training(model, self.optimizer(trained, lr=1e-4, **fused), self.autocast)
@@ -55,6 +60,16 @@ class Method:
 
 def frozen() -> Method:
     return Method(lambda base: base, optimizer=None)
+
+
+def inference() -> Method:
+    """Forward alone, nothing saved for a backward pass."""
+    return Method(lambda base: base, optimizer=None, backward=False)
+
+
+def forward_only(method: Method) -> Method:
+    """The same, trained by two forward passes instead of forward and backward."""
+    return replace(method, optimizer=MeZO, backward=False)
 
 
 def full() -> Method:
@@ -113,8 +128,10 @@ def small(case: Case) -> dict[str, Method]:
     rank = equal_rank(case.build(), case.density, case.targets)
     return {
         "frozen": frozen(),
+        "inference": inference(),
         "smt matched": smt(**put()),
         "smt matched, SMTAdamW": smt(**put(), optimizer=SMTAdamW),
+        "smt matched, MeZO": forward_only(smt(**put())),
         "smt matched, additive": smt(**put(), forward="additive"),
         "smt matched, blocks of 32": smt(**put(), block_size=32),
         "smt clustered": smt(**put(), **clustered),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .model import random_batch
 
@@ -24,11 +24,13 @@ class Training:
 
     Args:
         autocast: whether the pass runs under bf16 autocast.
+        backward: whether there is a backward pass; else the optimizer, if there is one, is `MeZO`.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None = None
     autocast: bool = False
+    backward: bool = True
 
     @property
     def trainable(self) -> int:
@@ -47,21 +49,31 @@ class Training:
 
     def step(self, size: tuple[int, int], note: Note = lambda phase: None) -> float:
         """Seconds of one step on a batch of `size`; `note` is called with each phase's name as it begins."""
-        batch = random_batch(self.model, size, frozen=self.optimizer is None)
+        batch = random_batch(self.model, size, frozen=self.optimizer is None and self.backward)
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
         self._wait()
         start = time.perf_counter()
         note("forward")
         with autocast:
-            loss = self.model(**batch, use_cache=False).loss
+            loss = self._loss(batch)
         note("backward")
-        loss.backward()
+        if self.backward:
+            loss.backward()
         note("update")
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
         self._wait()
         return time.perf_counter() - start
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        def loss() -> Tensor:
+            return self.model(**batch, use_cache=False).loss
+
+        if self.backward:
+            return loss()
+        with torch.no_grad():
+            return loss() if self.optimizer is None else self.optimizer.estimate(loss)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -52,7 +52,11 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
     "lisa": CHOSEN | {"schedules": preset("lisa")},
     # The paper's r16 beside 0.6 % are as many weights each, on LLaMA2-7B.
     "rosa": CHOSEN | {"score": "grad_sq", "low_rank_share": 0.5},
+    "mezo": CHOSEN | {"score": "random", "optimizer": "mezo"},
+    "sparse mezo": CHOSEN | {"score": "small_magnitude", "spread": "free", "optimizer": "mezo"},
 }
+#: Where the searches of those start whose rates are not AdamW's.
+NEIGHBOUR_START = {"mezo": 0.128, "sparse mezo": 0.128}
 FAMILY |= NEIGHBOURS
 
 
@@ -82,7 +86,7 @@ def cell(task: str, name: str, rank: float, **changes: Any) -> Cell:
     scale = RATE_SCALE.get(task, 1.0)
     label = ", ".join([name, *(f"{key}={value}" for key, value in changes.items())])
     if name in FAMILY:
-        return Cell(task, label, SMT, rank, FAMILY[name] | changes, scale * START[SMT])
+        return Cell(task, label, SMT, rank, FAMILY[name] | changes, scale * NEIGHBOUR_START.get(name, START[SMT]))
     return Cell(task, label, name, 0 if name == "full" else rank, changes, scale * START[name])
 
 

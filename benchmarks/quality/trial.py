@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from smt_peft import BlockSelection
+from smt_peft.optim import MeZO
+from smt_peft.tuner.padding import padding_masks
 
 from .methods import Prepared, of_head, prepare
 from .task import Task
@@ -32,7 +34,7 @@ class Trial:
         budget: rank of the LoRA with as many trainable weights.
         rate: peak learning rate.
         seed: of everything random.
-        settings: as `methods.prepare` takes them; `warmup_task` is a name here.
+        settings: as `methods.prepare` takes them; `warmup_task` is a name here, and `optimizer` may be `"mezo"`.
     """
 
     task: str
@@ -52,10 +54,11 @@ def run(trial: Trial, tasks: dict[str, Task]) -> dict[str, Any]:
     task, settings = tasks[trial.task], dict(trial.settings)
     if "warmup_task" in settings:
         settings["warmup_task"] = tasks[settings["warmup_task"]]
+    train_by = TRAIN[settings.pop("optimizer", "adamw")]
     start = time.perf_counter()
     prepared = prepare(task, trial.method, trial.budget, settings, trial.seed)
     chosen = time.perf_counter()
-    loss = train(prepared, task, trial.rate, trial.seed)
+    loss = train_by(prepared, task, trial.rate, trial.seed)
     seconds = {"selection": round(chosen - start, 2), "training": round(time.perf_counter() - chosen, 2)}
     result = asdict(trial) | {"trainable": prepared.trainable, "seconds": seconds, "diverged": not math.isfinite(loss)}
     if prepared.selection is not None:
@@ -109,6 +112,27 @@ def train(prepared: Prepared, task: Task, rate: float, seed: int) -> float:
     for schedule in prepared.schedules:
         schedule.end()
     return loss.item()
+
+
+def train_forward_only(prepared: Prepared, task: Task, rate: float, seed: int) -> float:
+    """As `train`, by `MeZO`: as many steps of two forward passes each; the last loss."""
+    model = prepared.model
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = MeZO(trained, seed=seed, masks=padding_masks(model))
+    model.train()
+    loss, batches = torch.zeros(()), task.batches(seed)
+    for step in range(task.steps):
+        optimizer.param_groups[0]["lr"] = rate * factor(step, task.steps)
+        batch = next(batches)
+        with torch.autocast("cpu", torch.bfloat16, enabled=task.autocast):
+            loss = optimizer.step(lambda batch=batch: model(**batch).loss)
+        if not torch.isfinite(loss):
+            break
+    return loss.item()
+
+
+#: By the `optimizer` of a trial's settings.
+TRAIN = {"adamw": train, "mezo": train_forward_only}
 
 
 def factor(step: int, steps: int) -> float:

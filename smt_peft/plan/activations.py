@@ -52,6 +52,7 @@ def step(
     temporaries: int = 0,
     accumulated: bool = False,
     layers: Layers | None = None,
+    backward: bool = True,
 ) -> Step:
     """Run a training step on the meta device.
 
@@ -63,10 +64,11 @@ def step(
         temporaries: bytes that the optimizer takes for the time of an update.
         accumulated: whether gradients of earlier batches are there already; their bytes are not in the peak then.
         layers: those that stand for others; None: there are none.
+        backward: whether there is a backward pass; without, as of `MeZO`, a copy of what is trained lives instead.
     """
     loss, layers = loss or model_loss, layers or Layers()
     trained = layers.trained(model)
-    for parameter in dict.fromkeys(trained) if accumulated else ():
+    for parameter in dict.fromkeys(trained) if accumulated and backward else ():
         parameter.grad = torch.empty_like(parameter)
     allocator = Allocator()
     allocator.own(model)
@@ -77,14 +79,18 @@ def step(
         Watch(allocator, layers).installed() as watch,
     ):
         inputs = batch()
-        value = loss(model, inputs)
+        with torch.set_grad_enabled(backward):
+            value = loss(model, inputs)
         saved = watch.begin_backward()
-        value.backward()
+        if backward:
+            value.backward()
     gradients = _bytes_of_gradients(trained)
-    forward, backward = watch.peaks()
+    in_forward, in_backward = watch.peaks()
+    if not backward:
+        in_forward, in_backward = in_forward + sum(parameter.nbytes for parameter in trained), 0
     # Of what a layer has taken its gradients alone are left.
     left_out = 0 if accumulated else gradients - _bytes_of_gradients(dict.fromkeys(trained))
-    peaks = {"forward": forward, "backward": backward, "update": allocator.alive + left_out + temporaries}
+    peaks = {"forward": in_forward, "backward": in_backward, "update": allocator.alive + left_out + temporaries}
     model.zero_grad(set_to_none=True)
     phase = max(peaks, key=peaks.get)
     head = max((gauge.peak - gauge.start for gauge in heads), default=0)

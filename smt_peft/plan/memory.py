@@ -81,10 +81,11 @@ def memory(
         temporaries=own.temporaries(trained),
         accumulated=setting.accumulation > 1,
         layers=layers,
+        backward=own.backward,
     )
     can_checkpoint = _checkpointing(model, setting.checkpointing)
     as_set, other = count(), None
-    if both and can_checkpoint:
+    if both and can_checkpoint and own.backward:
         _checkpointing(model, not setting.checkpointing)
         other = count()
     state = state_of(model, own, layers)
@@ -137,8 +138,8 @@ def _among(memory: Memory, model: nn.Module) -> Memory:
     """One of several processes: with its part of everything and the layer that is gathered, or with a copy of all."""
     setting, state = memory.setting, memory.state
     if not setting.sharded:
-        # DDP keeps gradients in buckets of its own besides.
-        return replace(memory, gathered=memory.gradients)
+        # DDP keeps gradients in buckets of its own besides, also where none come.
+        return replace(memory, gathered=memory.gradients or state.trained)
 
     def part(size: int) -> int:
         return -(-size // setting.processes)

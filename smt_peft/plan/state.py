@@ -19,6 +19,7 @@ from .packed import PackedLinear
 Shapes = Sequence[Tensor]
 # bitsandbytes keeps the moments of smaller tensors in fp32.
 _BNB_SMALLEST = 4096
+_FORWARD_ONLY = "mezo"
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,14 @@ class Optimizer:
         moments: bytes kept for a parameter.
         temporaries: bytes taken for the time of an update of these parameters.
         assumed: what the figures rest on, where the optimizer itself is not known here.
+        backward: whether it needs gradients.
     """
 
     name: str
     moments: Callable[[Tensor], int]
     temporaries: Callable[[Shapes], int] = lambda parameters: 0
     assumed: str = ""
+    backward: bool = True
 
 
 def optimizer(name: str, device: str = "cpu") -> Optimizer:
@@ -117,7 +120,7 @@ def optimizer(name: str, device: str = "cpu") -> Optimizer:
     if plain in _KNOWN:
         moments, temporaries = _KNOWN[plain]
         paged = "paged to the CPU where the GPU has no room" if plain != name else ""
-        return Optimizer(name, moments, temporaries, paged)
+        return Optimizer(name, moments, temporaries, paged, backward=plain != _FORWARD_ONLY)
     if plain in ("adamw_torch", "adam"):
         # On a GPU tensor by tensor would be slow, so PyTorch updates all of them at once.
         return Optimizer(name, _copies(2, step=4), _all if device == "cuda" else _largest(2))
@@ -173,6 +176,8 @@ _KNOWN: dict[str, tuple[Callable[[Tensor], int], Callable[[Shapes], int]]] = {
     "smt_adamw": (_wide, _none),
     "smt_adamw_bf16": (_of_width(2), _none),
     "smt_adamw_8bit": (_of_width(1, scales=True), _none),
+    # The noise and the new value of a parameter at a time.
+    _FORWARD_ONLY: (_copies(0), _largest(2)),
     "adamw_torch_fused": (_copies(2, step=4), _none),
     "adamw_apex_fused": (_of_width(4), _none),
     "adafactor": (_factored, _largest(2)),

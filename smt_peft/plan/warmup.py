@@ -19,7 +19,11 @@ from .device import Device
 from .layers import Layers
 from .watch import Watch
 
-_OF_WEIGHTS = {"magnitude": magnitude, "low_rank_magnitude": lambda weight, grid: low_rank_magnitude(weight, grid, 0)}
+_OF_WEIGHTS = {
+    "magnitude": magnitude,
+    "small_magnitude": lambda weight, grid: -magnitude(weight, grid),
+    "low_rank_magnitude": lambda weight, grid: low_rank_magnitude(weight, grid, 0),
+}
 
 
 def warm_up(

@@ -74,6 +74,8 @@ def _scores(score: str, target: Target, grid: BlockGrid, config: SMTConfig) -> t
         check_readable(target, score)
         if score == "magnitude":
             return checked(target.name, magnitude(target.read(), grid))
+        if score == "small_magnitude":
+            return checked(target.name, -magnitude(target.read(), grid))
         return checked(target.name, low_rank_magnitude(target.read(), grid, seed))
 
 

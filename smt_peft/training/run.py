@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import ops
 from ..blocks import BlockSelection
-from ..optim import SMTAdamW
+from ..optim import MeZO, SMTAdamW
 from ..report.html import HTML, write_report
 from ..report.picture import draw_selection
 from ..report.series import tokens_per_second
@@ -35,6 +35,7 @@ from ..tuner.low_rank import LowRank
 from . import outputs
 from .compare import lora_config
 from .errors import ConfigError
+from .forward_only import ForwardOnly
 from .launched import all_or_none, forget_engine, wait_for_everyone, whole_or_gathering
 from .measures import Measures, command, kept, measure_effective_update
 from .model import checkpointed
@@ -196,9 +197,13 @@ def make_trainer(
     args = copy.copy(run.trainer)
     for name, value in changed.items():
         setattr(args, name, value)
+    if run.forward_only:
+        # It may have been asked for to choose the blocks.
+        args.gradient_checkpointing = args.activation_checkpointing = False
     forget_engine(args)
+    mixins = (ForwardOnly,) if run.forward_only else ()
     with _blaming("smt"):
-        trainer = task_of(run).trainer(prepared, args, config, callbacks)
+        trainer = task_of(run).trainer(prepared, args, config, callbacks, mixins)
     # None: the one that `args.optim` names. Not every trainer takes it when it is built.
     trainer.optimizer_cls_and_kwargs = _optimizer(run, args)
     trainer.witness = Path(run.trainer.output_dir) / outputs.RUN
@@ -280,8 +285,11 @@ def _smt_config(run: Run, selection: BlockSelection) -> PeftConfig:
     return config
 
 
-def _optimizer(run: Run, args: TrainingArguments) -> tuple[type[SMTAdamW], dict[str, Any]] | None:
+def _optimizer(run: Run, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
     """None: the one that `args.optim` names. Clipping stays with the trainer, which logs the norm."""
+    if run.forward_only:
+        numbers = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
+        return MeZO, {**numbers, "eps": run.config.mezo_eps, "samples": run.config.mezo_samples}
     if run.state_dtype is None:
         return None
     return SMTAdamW, {

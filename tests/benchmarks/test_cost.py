@@ -86,6 +86,21 @@ def test_every_part_of_a_step_is_what_it_comes_to_by_hand():
     }
 
 
+def test_a_step_without_a_backward_pass_is_what_it_comes_to_by_hand():
+    width, tokens = 256, 32
+    vector, matrix = 4 * width, 4 * width * tokens
+    method = methods.forward_only(Method(with_delta))
+    figures = step_memory(partial(method.started, partial(Scale, width)), (1, tokens))
+    # The delta, and the number that a step keeps.
+    assert (figures["training_bytes"], figures["gradient_bytes"]) == (vector + 8, 0)
+    assert figures["peak_phase"] == "forward"
+    # When the update begins: embeddings, labels, and the mean of the losses.
+    assert figures["saved_bytes"] == matrix + 8 * tokens + 8
+    # Beside them: the copy of the delta, weight + delta, and the product; a few losses, and states of generators.
+    most = matrix + 8 * tokens + vector + vector + matrix
+    assert most <= figures["transient_bytes"] <= most + 3 * len(torch.get_rng_state())
+
+
 @pytest.mark.skipif(native.available("cpu") is not None, reason="the C++ library is not built")
 def test_what_the_compiled_operations_allocate_is_seen():
     layout = random_layout(BlockGrid.fit((64, 48), 8), 5).prepare()
@@ -215,7 +230,7 @@ def check_rows(found: dict) -> None:
         assert row["peak_bytes"] > 0 and row["peak_ratio"] > 0
         if row["method"] == "frozen":
             assert row["ratio"] == row["peak_ratio"] == 1 and row["trainable"] == 0
-        elif not row["method"].startswith(("warm-up", "frozen")):
+        elif not row["method"].startswith(("warm-up", "frozen", "inference")):
             assert row["ratio"] > 0 and row["trainable"] > 0 and row["trained_modules"] > 0
             assert row["peak_bytes"] == row["weights_bytes"] + row["training_bytes"] + row["transient_bytes"]
 

@@ -108,6 +108,30 @@ def test_two_processes_end_as_one(workshop, alone, engine):
     assert not list(directory.glob("*.part*"))
 
 
+def test_two_processes_without_a_backward_pass_end_as_one(workshop):
+    """They displace the weights alike, and take the mean of what each measures on its rows."""
+    blocks = {**workshop.settings["smt"], "score": "random"}
+    settings = {"optim": "mezo", "mezo_eps": 0.05, "learning_rate": 1e-3, "gradient_checkpointing": None, "smt": blocks}
+    done = smt("train", workshop.write("mezo_alone", **settings, per_device_train_batch_size=4))
+    assert done.returncode == 0, done.stderr
+    done = torchrun(HERE / "smt_worker.py", "train", workshop.write("mezo", **settings), ACCELERATE_USE_CPU="1")
+    assert done.returncode == 0, done.stderr[-6000:]
+    both, one = (
+        json.loads((workshop.directory / name / "metrics.json").read_text())["log_history"]
+        for name in ("mezo", "mezo_alone")
+    )
+    # Losses around 6 in fp32, a few roundings apart; for the norm, over 2 eps.
+    rounding = 4 * 2**-21
+    for name, slack in (("loss", rounding), ("grad_norm", rounding / 0.1)):
+        found, expected = ([entry[name] for entry in log if name in entry] for log in (both, one))
+        assert len(found) == 5 and found == pytest.approx(expected, abs=slack)
+    saved, expected = (
+        load_file(workshop.directory / name / "adapter_model.safetensors") for name in ("mezo", "mezo_alone")
+    )
+    for key, tensor in expected.items():
+        torch.testing.assert_close(saved[key], tensor, rtol=0, atol=5 * 1e-3 * 5 * rounding / 0.1)
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", *ENGINES[1:]])
 def test_a_shipped_config_is_what_accelerate_understands(engine):
     args, environment = launched(engine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import LoraConfig
@@ -81,11 +82,12 @@ def without_values(model: Model, method: str) -> nn.Module:
     return put_on[method]()
 
 
-def counted(model: Model, method: str) -> tuple[State, Step]:
-    """With `torch.optim.AdamW`, as the benchmark trains."""
+def counted(model: Model, method: str, name: str = "") -> tuple[State, Step]:
+    """With the optimizer of that name, or with `torch.optim.AdamW`, as the benchmark trains."""
     sized = without_values(model, method)
-    own = optimizer("adamw_torch_fused" if model.device == "cuda" else "adamw_torch", model.device)
+    own = optimizer(name or ("adamw_torch_fused" if model.device == "cuda" else "adamw_torch"), model.device)
     taken = own.temporaries(Layers().trained(sized))
     state = state_of(sized, own)
-    found = step(sized, lambda: random_batch(sized, SIZE, False), Device(model.device), temporaries=taken)
+    batch, device = partial(random_batch, sized, SIZE, False), Device(model.device)
+    found = step(sized, batch, device, temporaries=taken, backward=own.backward)
     return state, found

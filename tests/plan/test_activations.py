@@ -25,7 +25,7 @@ MEASURED: dict[str, Callable[[], Method]] = {
     "full": methods.full,
 }
 # Scored by weights alone; with sides above 256, up to which LAPACK takes a copy that is not seen without values.
-BY_WEIGHTS = ("magnitude", "low_rank_magnitude")
+BY_WEIGHTS = ("magnitude", "small_magnitude", "low_rank_magnitude")
 SCORES = [score for score in warmup.SCORES if score not in BY_WEIGHTS]
 # Kept on the CPU whatever the device: of a recomputed layer the state of the random generator, and of LoRA's scaling
 # the factor, a scalar of 8 bytes. The count is of what lies on the device.
@@ -60,6 +60,19 @@ def test_a_step_of_an_encoder_is_counted(method, checkpointing):
     truth = step_memory(lambda note: MEASURED[method]().started(model.build, note), SIZE)
     assert step.saved == truth["saved_bytes"] - kept_on_the_cpu(model, MEASURED[method]())
     assert abs((state.total + step.peak) / truth["peak_bytes"] - 1) < 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("method", ["smt", "lora"])
+def test_a_step_without_a_backward_pass_is_counted(method, name):
+    model = Model(name)
+    state, step = counted(model, method, "mezo")
+    truth = step_memory(lambda note: methods.forward_only(MEASURED[method]()).started(model.build, note), SIZE)
+    assert step.gradients == state.moments == truth["gradient_bytes"] == 0
+    assert step.phase == truth["peak_phase"] == "forward"
+    # What is kept besides: an fp64 number; the loss is in fp64 as well, 4 bytes more than counted.
+    assert step.saved == truth["saved_bytes"] - 4
+    assert abs((state.total + step.peak) / truth["peak_bytes"] - 1) < 0.01
 
 
 @pytest.mark.parametrize("method", MEASURED)

@@ -118,8 +118,9 @@ def test_the_warm_up_of_all_layers_is_counted_by_a_few(name, score, checkpointin
         Setting(processes=3),
         Setting(optimizer="adafactor", checkpointing=True),
         Setting(packing=Packing("nf4", 4)),
+        Setting(optimizer="mezo", processes=2, accumulation=2),
     ],
-    ids=["accumulating", "sharded", "copies", "adafactor", "packed"],
+    ids=["accumulating", "sharded", "copies", "adafactor", "packed", "forward only"],
 )
 def test_every_setting_is_counted_by_a_few(setting):
     config = smt_config("llama")

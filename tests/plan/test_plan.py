@@ -72,6 +72,17 @@ def test_weights_gradients_and_moments_are_those_of_the_model(tmp_path):
         assert each.peak() >= each.state.total + each.step.saved
 
 
+def test_a_run_without_a_backward_pass_holds_no_gradient_and_saves_nothing(tmp_path):
+    found = planned(tmp_path, changed=("optim=mezo", "smt.score=random"))
+    plain = plan(load_run(tmp_path / "run.yaml"))
+    ours, other = found.smt, plain.smt
+    assert ours.gradients == ours.state.moments == 0 and ours.other is None and ours.step.phase == "forward"
+    # The batch and the loss.
+    assert ours.step.saved < other.step.saved / 100
+    assert ours.peak() < other.peak() and found.warm_up < plain.warm_up
+    assert "gradients" not in table(found) and "optimizer state" not in table(found)
+
+
 def test_choosing_blocks_takes_less_with_checkpointing(tmp_path):
     # Of one layer with it and of sixteen without: at these shapes little else counts.
     shape = {**TINY, "num_hidden_layers": 16, "vocab_size": 16}

@@ -98,7 +98,7 @@ def test_the_name_reaches_the_resolved_run(workshop):
         ({"optim": "smt_adam"}, "optim: there is no optimizer 'smt_adam'; did you mean 'smt_adamw'?"),
         ({"optim": "smt_adamw_8bits"}, "no optimizer 'smt_adamw_8bits'; did you mean 'smt_adamw_8bit'?"),
         ({"optim": "adamw_torc"}, "no optimizer 'adamw_torc'; did you mean 'adamw_torch'?"),
-        ({"optim": "zzz"}, "no optimizer 'zzz'; say smt_adamw, smt_adamw_bf16, smt_adamw_8bit or one of"),
+        ({"optim": "zzz"}, "no optimizer 'zzz'; say smt_adamw, smt_adamw_bf16, smt_adamw_8bit, mezo or one of"),
         ({"optim": "smt_adamw", "optim_args": "rank=2"}, "optim_args: smt_adamw takes none, got 'rank=2'"),
     ],
 )

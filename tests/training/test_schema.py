@@ -47,6 +47,8 @@ def test_our_own_keys_are_these():
         "compare_lora",
         "compare_lora_learning_rate",
         "verify",
+        "mezo_eps",
+        "mezo_samples",
     }
     assert {key for key in known_keys() if key.startswith("smt.")} == {
         "smt." + name

@@ -26,9 +26,9 @@ _NEVER = 2**62
 
 
 @cache
-def safe(trainer: type[Trainer]) -> type[Trainer]:
-    """A subclass of Transformers' trainer, or of one of TRL's, that is `SafeTraining`, too."""
-    return type(f"Safe{trainer.__name__}", (SafeTraining, trainer), {})
+def safe(trainer: type[Trainer], *mixins: type) -> type[Trainer]:
+    """A subclass of Transformers' trainer, or of one of TRL's, that is `SafeTraining`, too, and these mixins."""
+    return type(f"Safe{trainer.__name__}", (SafeTraining, *mixins, trainer), {})
 
 
 class SafeTraining:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -101,7 +101,12 @@ class Classification(Task):
             return _trainer(model, args, train, evaluation, tokenizer)
 
     def trainer(
-        self, prepared: Prepared, args: ClassificationConfig, config: PeftConfig, callbacks: Iterable[TrainerCallback]
+        self,
+        prepared: Prepared,
+        args: ClassificationConfig,
+        config: PeftConfig,
+        callbacks: Iterable[TrainerCallback],
+        mixins: Sequence[type] = (),
     ) -> Trainer:
         model = get_peft_model(prepared.model, config)
         settings = model.peft_config["default"]
@@ -109,7 +114,8 @@ class Classification(Task):
         settings.modules_to_save = list(dict.fromkeys(settings.modules_to_save))
         if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             model.enable_input_require_grads()
-        return _trainer(model, args, prepared.train_set, prepared.eval_set, prepared.tokenizer, list(callbacks))
+        rows = prepared.train_set, prepared.eval_set
+        return _trainer(model, args, *rows, prepared.tokenizer, list(callbacks), mixins)
 
     def measure(self, run: Run, prepared: Prepared, trainer: Trainer, label: str) -> dict[str, float]:
         """`eval_loss`, `accuracy`, and `f1`, the mean over the classes."""
@@ -149,8 +155,9 @@ def _trainer(
     evaluation: Dataset | None,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: list[TrainerCallback] | None = None,
+    mixins: Sequence[type] = (),
 ) -> Trainer:
-    return safe(Trainer)(
+    return safe(Trainer, *mixins)(
         model=model,
         args=args,
         train_dataset=train,

@@ -5,7 +5,7 @@ The reference is the base with the adapter off, so no second model is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +95,15 @@ class Dpo(Task):
         return loss
 
     def trainer(
-        self, prepared: Prepared, args: DPOConfig, config: PeftConfig, callbacks: Iterable[TrainerCallback]
+        self,
+        prepared: Prepared,
+        args: DPOConfig,
+        config: PeftConfig,
+        callbacks: Iterable[TrainerCallback],
+        mixins: Sequence[type] = (),
     ) -> DPOTrainer:
         # From the rows themselves, whose token ids are found in the cache: it takes no others.
-        return _trainer(prepared.model, args, prepared.data, prepared.tokenizer, config, list(callbacks))
+        return _trainer(prepared.model, args, prepared.data, prepared.tokenizer, config, list(callbacks), mixins)
 
     def measure(self, run: Run, prepared: Prepared, trainer: DPOTrainer, label: str) -> dict[str, float]:
         """`eval_loss`; the share of pairs whose chosen answer has the higher reward, and by how much on average."""
@@ -135,8 +140,9 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     config: PeftConfig,
     callbacks: list[TrainerCallback] | None = None,
+    mixins: Sequence[type] = (),
 ) -> DPOTrainer:
-    return safe(DPOTrainer)(
+    return safe(DPOTrainer, *mixins)(
         model=model,
         args=args,
         train_dataset=data.train,

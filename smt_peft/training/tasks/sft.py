@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from peft import PeftConfig
@@ -49,12 +49,17 @@ class Sft(Task):
         return trainer
 
     def trainer(
-        self, prepared: Prepared, args: SFTConfig, config: PeftConfig, callbacks: Iterable[TrainerCallback]
+        self,
+        prepared: Prepared,
+        args: SFTConfig,
+        config: PeftConfig,
+        callbacks: Iterable[TrainerCallback],
+        mixins: Sequence[type] = (),
     ) -> SFTTrainer:
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         # The labels say it by now; of token ids TRL would not believe that there are assistants in them.
         args.assistant_only_loss = False
-        return safe(SFTTrainer)(
+        return safe(SFTTrainer, *mixins)(
             model=prepared.model,
             args=args,
             train_dataset=prepared.train_set,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,9 +87,14 @@ class Task(ABC):
 
     @abstractmethod
     def trainer(
-        self, prepared: Prepared, args: TrainingArguments, config: PeftConfig, callbacks: Iterable[TrainerCallback]
+        self,
+        prepared: Prepared,
+        args: TrainingArguments,
+        config: PeftConfig,
+        callbacks: Iterable[TrainerCallback],
+        mixins: Sequence[type] = (),
     ) -> Trainer:
-        """A trainer over the tokenised rows, with an adapter on the base model."""
+        """A trainer over the tokenised rows, with an adapter on the base model; `mixins` as `safe` takes them."""
 
     @abstractmethod
     def measure(self, run: Run, prepared: Prepared, trainer: Trainer, label: str) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ...blocks import BlockSelection
 from ...config import SMTConfig
 from ...selection.avoid import check_avoided
 from ..data.source import file_errors, mixture_errors
-from .keys import AUTO, SMT_OPTIMIZERS, TASK_FORMS, TRAINER_OPTIMIZERS, RunConfig
+from .keys import AUTO, MEZO, OWN_OPTIMIZERS, TASK_FORMS, TRAINER_OPTIMIZERS, RunConfig
 from .source import Errors
 
 
@@ -181,9 +181,52 @@ def check_optim(trainer: Mapping[str, Any], errors: Errors) -> None:
     name = trainer.get("optim")
     if name is None or name in TRAINER_OPTIMIZERS:
         return
-    if name not in SMT_OPTIMIZERS:
-        near = difflib.get_close_matches(name, [*SMT_OPTIMIZERS, *TRAINER_OPTIMIZERS], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"say {', '.join(SMT_OPTIMIZERS)} or one of transformers'"
+    if name not in OWN_OPTIMIZERS:
+        near = difflib.get_close_matches(name, [*OWN_OPTIMIZERS, *TRAINER_OPTIMIZERS], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"say {', '.join(OWN_OPTIMIZERS)} or one of transformers'"
         errors.add("optim", f"optim: there is no optimizer {name!r}; {hint}")
     elif trainer.get("optim_args"):
         errors.add("optim_args", f"optim_args: {name} takes none, got {trainer['optim_args']!r}; leave the key out")
+
+
+# What is about gradients, or who holds the weights, and why `optim: mezo` is not to be had with it.
+_NOT_WITH_MEZO = {
+    "max_grad_norm": "it has no gradient to clip; leave the key out, and take a lower learning_rate",
+    "fp16": "fp16 scales the loss for a backward pass, which there is not; say bf16: true, or leave the key out",
+    "activation_offloading": "nothing is saved for a backward pass that could be moved; leave the key out",
+    "deepspeed": "it trains weights that each process has whole; leave the key out, or take another optim",
+    "fsdp": "it trains weights that each process has whole; leave the key out, or take another optim",
+}
+
+
+def check_mezo(good: Mapping[str, Any], chooses_by_gradients: bool, schedules: Sequence[str], errors: Errors) -> None:
+    """What `optim: mezo` cannot be combined with, and its keys without it.
+
+    Args:
+        good: the settings of the run.
+        chooses_by_gradients: whether there is a warm-up pass with a backward pass.
+        schedules: the blocks of schedules that are given.
+        errors: takes what is wrong.
+    """
+    if good.get("optim") != MEZO:
+        for key in ("mezo_eps", "mezo_samples"):
+            # The defaults pass: the resolved keys of a run, which is read again, hold them.
+            default = RunConfig.__dataclass_fields__[key].default
+            if good.get(key, default) != default:
+                errors.add(key, f"{key} has no effect without optim: mezo; set that, or leave the key out")
+        return
+    for key, reason in _NOT_WITH_MEZO.items():
+        if good.get(key):
+            errors.add(key, f"{key} does not go with optim: mezo: {reason}")
+    for name in schedules:
+        errors.add(name, f"{name} does not go with optim: mezo, which perturbs all blocks; leave one of them out")
+    if good.get("gradient_checkpointing") and not chooses_by_gradients:
+        errors.add(
+            "gradient_checkpointing",
+            "gradient_checkpointing has no effect with optim: mezo, which saves nothing for a backward pass; leave it "
+            "out",
+        )
+    if isinstance(eps := good.get("mezo_eps"), (int, float)) and not 0 < eps < float("inf"):
+        errors.add("mezo_eps", f"mezo_eps must be a finite number above 0, got {eps}")
+    if isinstance(samples := good.get("mezo_samples"), int) and samples < 1:
+        errors.add("mezo_samples", f"mezo_samples must be at least 1, got {samples}")

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from ...config import BUDGETS, SCORES
 from ...schedules import SCHEDULES
 from .aliases import ALIASES
-from .keys import BLOCKS, SMT_OPTIMIZERS, TRAINER_OPTIMIZERS, TRAINERS, RunConfig, Warmup, known_keys
+from .keys import BLOCKS, OWN_OPTIMIZERS, TRAINER_OPTIMIZERS, TRAINERS, RunConfig, Warmup, known_keys
 from .values import adapter
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -84,7 +84,7 @@ def _names(keys: tuple[str, ...]) -> list[str]:
 def _tightened(key: str, hint: Any) -> Any:
     """The type without values that are refused later, and with what the reader of a file takes for one."""
     choices = {
-        "optim": Literal[(*SMT_OPTIMIZERS, *TRAINER_OPTIMIZERS)],
+        "optim": Literal[(*OWN_OPTIMIZERS, *TRAINER_OPTIMIZERS)],
         "smt.score": Literal[SCORES],
         "smt.budget": Literal[BUDGETS] | dict[str, float],
     }

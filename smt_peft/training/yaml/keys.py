@@ -25,6 +25,11 @@ BLOCKS: dict[str, type] = {"smt": SMTConfig, **SCHEDULES}
 TRAINER_OPTIMIZERS = tuple(name.value for name in OptimizerNames)
 # What `optim` may be besides the trainer's own: `SMTAdamW`, by the `state_dtype` of its moments.
 SMT_OPTIMIZERS = {"smt_adamw": "float32", "smt_adamw_bf16": "bfloat16", "smt_adamw_8bit": "8bit"}
+# Besides: `MeZO`, which does without a backward pass.
+MEZO = "mezo"
+OWN_OPTIMIZERS = (*SMT_OPTIMIZERS, MEZO)
+# Defaults of the trainers that are about gradients, as they are with it.
+WITHOUT_GRADIENTS = {"gradient_checkpointing": False, "max_grad_norm": 0.0}
 # The settings of the trainer of each task; the first is the default.
 TRAINERS: dict[str, type[TrainingArguments]] = {
     "sft": SFTConfig,
@@ -88,6 +93,8 @@ class RunConfig:
         compare_lora: train PEFT's LoRA too, from the same base, on the same modules with as many trainable weights.
         compare_lora_learning_rate: its learning rate; None stands for `learning_rate`.
         verify: read the saved adapter back in a fresh process and compare.
+        mezo_eps: with `optim: mezo`, how far weights are displaced to measure the loss.
+        mezo_samples: with `optim: mezo`, random directions of a step; each takes two forward passes.
     """
 
     model_name_or_path: str
@@ -125,6 +132,8 @@ class RunConfig:
     compare_lora: bool = False
     compare_lora_learning_rate: float | None = None
     verify: bool = True
+    mezo_eps: float = 1e-3
+    mezo_samples: int = 1
 
 
 @dataclass

@@ -22,13 +22,16 @@ from ...config import SMTConfig
 from ...schedules import SCHEDULES, Schedule
 from ..tell import tell
 from .aliases import ALIASES, REFUSED, translate
-from .checks import check_files, check_optim, check_presence, check_quantisation, check_task
+from .checks import check_files, check_mezo, check_optim, check_presence, check_quantisation, check_task
 from .keys import (
+    AUTO,
     BLOCKS,
+    MEZO,
     SMT_OPTIMIZERS,
     TASK_TYPES,
     TRAINER_OPTIMIZERS,
     TRAINERS,
+    WITHOUT_GRADIENTS,
     RunConfig,
     Warmup,
     is_ineffective,
@@ -51,7 +54,8 @@ class Run:
         warmup_batches: batches of the warm-up pass, with `selection="auto"`.
         resolved: every key that was given, interpolations and overrides applied, and every default of ours.
         source: where each key stands.
-        state_dtype: of `SMTAdamW`; None: the optimizer is one of the trainer's own.
+        state_dtype: of `SMTAdamW`; None: the optimizer is another.
+        forward_only: whether the optimizer is `MeZO`, so that there is no backward pass.
         schedules: what changes while the blocks train.
     """
 
@@ -63,6 +67,7 @@ class Run:
     resolved: dict[str, Any]
     source: Source
     state_dtype: str | None = None
+    forward_only: bool = False
     schedules: tuple[Schedule, ...] = ()
 
 
@@ -94,8 +99,10 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         _build(lambda given, kind=SCHEDULES[name]: kind(**given), blocks[name], name, errors) for name in given
     ]
     check_optim(trainer, errors)
+    check_mezo(good, smt is not None and smt.needs_data and warmup.selection == AUTO, given, errors)
+    forward_only = trainer.get("optim") == MEZO
     theirs = {key: value for key, value in trainer.items() if key != "optim" or value in TRAINER_OPTIMIZERS}
-    arguments = _build(lambda given: TRAINERS[task](**_with_defaults(given)), theirs, "", errors)
+    arguments = _build(lambda given: TRAINERS[task](**_with_defaults(given, forward_only)), theirs, "", errors)
     errors.raise_any()
     for notice in notices:
         tell(notice)
@@ -107,17 +114,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         **{schedule.name: asdict(schedule) for schedule in schedules},
     }
     state_dtype = SMT_OPTIMIZERS.get(trainer.get("optim"))
-    return Run(
-        config,
-        arguments,
-        smt,
-        warmup.selection,
-        warmup.warmup_batches,
-        resolved,
-        source,
-        state_dtype,
-        tuple(schedules),
-    )
+    given = config, arguments, smt, warmup.selection, warmup.warmup_batches, resolved, source
+    return Run(*given, state_dtype, forward_only, tuple(schedules))
 
 
 def _flatten(settings: dict[str, Any], errors: Errors) -> dict[str, Any]:
@@ -176,13 +174,13 @@ def _owner(task: str) -> str:
     return f"TRL's {owner.__name__}" if owner.__module__.startswith("trl.") else "Transformers' TrainingArguments"
 
 
-def _with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """TRL trains in bf16 by default, which a CPU refuses unless told `use_cpu`."""
+def _with_defaults(given: Mapping[str, Any], forward_only: bool) -> dict[str, Any]:
+    """TRL trains in bf16 by default, which a CPU refuses unless told `use_cpu`, and checkpoints activations."""
     cuda = torch.cuda.is_available() and not given.get("use_cpu")
     # Without the filter a loss that is not finite stops the run; with it the host waits for the device at every loss.
     # A bar that is drawn again and again is for a terminal; a file gets a line per log.
     quiet = {"logging_nan_inf_filter": False} | ({} if sys.stderr.isatty() else {"disable_tqdm": True})
-    values = {"dataloader_pin_memory": cuda, **quiet, **given}
+    values = {"dataloader_pin_memory": cuda, **quiet, **(WITHOUT_GRADIENTS if forward_only else {}), **given}
     if given.get("bf16") is None and not given.get("fp16"):
         values["bf16"] = cuda
     if (values.get("bf16") or values.get("fp16")) and not cuda:

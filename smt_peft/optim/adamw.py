@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases.sharded import is_dtensor
-from .ops import block_adamw_
-from .ops.adamw import PARAM_DTYPES, QUANT_BLOCK, check_hyper_parameters, fmix32
+from ..bases.sharded import is_dtensor
+from ..ops import block_adamw_
+from ..ops.adamw import PARAM_DTYPES, QUANT_BLOCK, check_hyper_parameters, fmix32
 
 STATE_DTYPES = ("float32", "bfloat16", "8bit")
 _MOMENTS = ("exp_avg", "exp_avg_sq")

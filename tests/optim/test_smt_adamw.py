@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smt_peft.optim import STATE_DTYPES, SMTAdamW, _advance
+from smt_peft.optim.adamw import STATE_DTYPES, SMTAdamW, _advance
 
 SHAPES = [(6, 8, 8), (37, 5), (300,), ()]
 

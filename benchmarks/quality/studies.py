@@ -46,7 +46,11 @@ FAMILY: dict[str, dict[str, Any]] = {
     "released": CHOSEN | {"score": "mean_abs", "budget": "global", "spread": "free"},
 }
 #: What related methods add to SMT: a row each of docs/neighbours.md.
-NEIGHBOURS: dict[str, dict[str, Any]] = {}
+NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "paca": FAMILY["columns"],
+    "s2ft": {"coupled": "consumers", "score": "random", "budget": "global", "modules": "consumers"},
+    "s2ft both": {"coupled": "both", "score": "random", "budget": "global", "modules": "channels"},
+}
 FAMILY |= NEIGHBOURS
 
 

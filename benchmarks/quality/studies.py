@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from smt_peft.presets import preset
+
 from .docstrings import Docstrings
 from .methods import RIVALS, SMT, START
 from .skills import Skill
@@ -47,6 +49,7 @@ FAMILY: dict[str, dict[str, Any]] = {
 }
 #: What related methods add to SMT: a row each of docs/neighbours.md.
 NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "lisa": CHOSEN | {"schedules": preset("lisa")},
     "paca": FAMILY["columns"],
     "s2ft": {"coupled": "consumers", "score": "random", "budget": "global", "modules": "consumers"},
     "s2ft both": {"coupled": "both", "score": "random", "budget": "global", "modules": "channels"},

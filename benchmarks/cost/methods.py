@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -136,6 +137,9 @@ def small(case: Case) -> dict[str, Method]:
         "smt matched, blocks of 32": smt(**put(), block_size=32),
         "smt clustered": smt(**put(), **clustered),
         **rosa(case, rank),
+        "paca": smt(**put(), block_size=(-1, 1), spread="free"),
+        "s2ft": channels(case, "consumers"),
+        "s2ft, both sides": channels(case, "both"),
         "released, matched": released_smt(**put()),
         "released, clustered": released_smt(**put(), **clustered),
         f"lora r{rank}, equal parameters": lora(rank, case.targets),
@@ -154,6 +158,12 @@ def rosa(case: Case, rank: int) -> dict[str, Method]:
         return {}
     method = smt(case.density * (rank - half) / rank, case.targets, lora_rank=half)
     return {f"rosa r{half}, equal parameters": method}
+def channels(case: Case, coupled: str) -> Method:
+    """Channels of S2FT, as many weights as `case.density` of all targets; of one budget, as in the paper."""
+    base, settings = case.build(), {"coupled": coupled, "budget": "global"}
+    found = find_targets(base, smt_config(0.01, case.targets, **settings)).values()
+    share = targeted(base, case.targets) / sum(math.prod(target.shape) for target in found)
+    return smt(min(1.0, case.density * share), case.targets, **settings)
 
 
 def large_blocks(case: Case) -> dict[str, int | str]:

@@ -27,6 +27,8 @@ MODULES = {
     "all": "all-linear",
     "attention": r".*\.(q_proj|k_proj|v_proj|o_proj|query|key|value|attention\.output\.dense)",
     "qvo": r".*\.(q_proj|v_proj|o_proj)",
+    "consumers": r".*\.(o_proj|down_proj|output\.dense)",
+    "channels": r".*\.(v_proj|o_proj|gate_proj|up_proj|down_proj|value|intermediate\.dense|output\.dense)",
     "mlp": r".*\.(gate_proj|up_proj|down_proj|intermediate\.dense|layer\.\d+\.output\.dense)",
 }
 

@@ -54,6 +54,9 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
     "rosa": CHOSEN | {"score": "grad_sq", "low_rank_share": 0.5},
     "mezo": CHOSEN | {"score": "random", "optimizer": "mezo"},
     "sparse mezo": CHOSEN | {"score": "small_magnitude", "spread": "free", "optimizer": "mezo"},
+    "paca": FAMILY["columns"],
+    "s2ft": {"coupled": "consumers", "score": "random", "budget": "global", "modules": "consumers"},
+    "s2ft both": {"coupled": "both", "score": "random", "budget": "global", "modules": "channels"},
 }
 #: Where the searches of those start whose rates are not AdamW's.
 NEIGHBOUR_START = {"mezo": 0.128, "sparse mezo": 0.128}

@@ -51,8 +51,12 @@ def whole_matmul_(y_TN: Tensor, x_TK: Tensor, blocks_Brc: Tensor, layout: BlockL
         return y_TN.addmm_(_from_columns(x_TK, layout, dtype), _columns(blocks_Brc, dtype))
     y_TU = x_TK.to(dtype) @ blocks_Brc.to(dtype).reshape(-1, cols).t()
     # Only the touched rows of the delta reach Y.
-    y_TRr, stripes = y_TN.unflatten(1, (-1, rows)), layout.block_rows.long()
-    y_TRr.index_copy_(1, stripes, (y_TRr.index_select(1, stripes) + y_TU.unflatten(1, (-1, rows))).to(y_TN.dtype))
+    y_TRr, y_TBr, stripes = y_TN.unflatten(1, (-1, rows)), y_TU.unflatten(1, (-1, rows)), layout.block_rows.long()
+    if y_TN.dtype == dtype:
+        # No stripe comes twice, so the order of the additions is settled.
+        y_TRr.index_add_(1, stripes, y_TBr)
+    else:
+        y_TRr.index_copy_(1, stripes, (y_TRr.index_select(1, stripes) + y_TBr).to(y_TN.dtype))
     return y_TN
 
 

@@ -7,6 +7,7 @@ each time, so the moments of a round that is left out are those of the middle on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,7 @@ def abridge(model: nn.Module, selection: BlockSelection) -> tuple[Layers, BlockS
 
 
 def with_like_layers(model: nn.Module, selection: BlockSelection) -> BlockSelection:
-    """A selection whose layers have the blocks of the first one that has as many of the same matrices.
+    """A selection whose layers have the blocks of the first one that has as many weights in them of the same matrices.
 
     For blocks that were drawn: one draw is as good as another, and so layers of a model are alike.
     """
@@ -99,7 +100,8 @@ def with_like_layers(model: nn.Module, selection: BlockSelection) -> BlockSelect
     blocks = dict(selection.blocks)
     for number, grids in enumerate(_by_layer(selection, *found)):
         names = {rest: f"{found[0]}.{number}.{rest}" for rest in grids}
-        taken = sum(len(blocks[name]) for name in names.values() if name in blocks)
+        held = (name for name in names.values() if name in blocks)
+        taken = sum(len(blocks[name]) * math.prod(selection.grids[name].block_shape) for name in held)
         like = first.setdefault((tuple(grids.items()), taken), number)
         for rest, name in names.items():
             blocks.pop(name, None)

@@ -104,7 +104,10 @@ def plan(
             changes = cheapest(case, offered, limit, (planned.warm_up, planned.step))
     if not planned.chosen:
         assumed.append(
-            f"the blocks are still to be chosen: as many columns touched as spread={run.smt.spread!r} alone makes it"
+            "the channels are still to be chosen: which ones changes nothing, but where layers share a budget"
+            if run.smt.coupled
+            else f"the blocks are still to be chosen: as many columns touched as spread={run.smt.spread!r} alone makes "
+            "it"
         )
     assumed += sorted({each.state.assumed for each in found if each.state.assumed})
     return Plan(

@@ -147,6 +147,18 @@ def test_layers_with_other_blocks_are_counted_each(settings, kept):
     assert memory("smt", methods.smt(few, config, rest), setting, both=True, layers=layers) == true
 
 
+def test_a_layer_with_a_head_is_not_like_one_with_a_channel():
+    """One block each, but 16 times the weights."""
+    model = Deep("llama", 2, 2, {}).build()
+    # A head and a channel in all, which this seed puts in different layers.
+    settings = {"density": 1e-3, "density_pattern": {".*attn.*": 1e-3}, "budget": "global", "seed": 0}
+    config = SMTConfig(coupled="consumers", score="random", **settings)
+    selection = methods.select_without_data(methods.find_targets(model, config), config)
+    assert len({name.split(".")[2] for name in selection.blocks}) == 2
+    assert {len(blocks) for blocks in selection.blocks.values()} == {1} and len(selection.blocks) == 2
+    assert methods.assumed_selection(model, config).effective_numel == selection.effective_numel
+
+
 def test_a_drawn_selection_has_as_many_blocks_after_its_layers_are_made_alike():
     config = smt_config("llama", spread="free")
     model = MODELS["llama"].build()

@@ -23,6 +23,7 @@ ALLOWED = {
     "bench": {"blocks", "ops", "say"},
     "selection": {"bases", "blocks", "config", "ops", "say"},
     "tuner": {"bases", "blocks", "config", "ops", "say", "selection"},
+    "schedules": {"tuner"},
     "export": {"bases", "blocks", "config", "ops", "say", "tuner"},
     "report": {"blocks", "config", "export", "ops", "say"},
     "training": {
@@ -37,6 +38,7 @@ ALLOWED = {
         "presets",
         "report",
         "say",
+        "schedules",
         "selection",
         "tuner",
     },

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from smt_peft.presets import preset
+
 from .docstrings import Docstrings
 from .methods import RIVALS, SMT, START
 from .skills import Skill
 from .task import Task
+from .trial import NEXT
 
 #: Steps and rows of a batch, such that full fine-tuning just learns it: what a small budget costs can then be seen.
 TASKS: dict[str, Callable[[], Task]] = {
@@ -46,7 +49,12 @@ FAMILY: dict[str, dict[str, Any]] = {
     "released": CHOSEN | {"score": "mean_abs", "budget": "global", "spread": "free"},
 }
 #: What related methods add to SMT: a row each of docs/neighbours.md.
-NEIGHBOURS: dict[str, dict[str, Any]] = {}
+NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "lisa": CHOSEN | {"schedules": preset("lisa")},
+    # The preset's rank of 64 is for matrices 16 times as wide.
+    "serve_as_lora": CHOSEN | {"spread": "free", "max_lora_rank": 8, "block_size": 2},
+    "avoid": CHOSEN | {"avoid_task": NEXT},
+}
 FAMILY |= NEIGHBOURS
 
 

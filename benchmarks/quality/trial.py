@@ -12,7 +12,7 @@ from torch import nn
 
 from smt_peft import BlockSelection
 
-from .methods import of_head, prepare
+from .methods import Prepared, of_head, prepare
 from .task import Task
 
 #: Of a classifier's head, under every method alike.
@@ -20,6 +20,9 @@ HEAD_RATE = 2e-3
 BETAS = (0.9, 0.98)
 CLIP = 1.0
 WARMUP_SHARE = 0.1
+#: For every skill another one.
+NEXT = "next"
+_AFTER = {"reverse": "sort", "sort": "shift", "shift": "reverse"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Trial:
         budget: rank of the LoRA with as many trainable weights.
         rate: peak learning rate.
         seed: of everything random.
-        settings: as `methods.prepare` takes them; `warmup_task` is a name here.
+        settings: as `methods.prepare` takes them; `warmup_task` and `avoid_task` are names here, or `NEXT`.
     """
 
     task: str
@@ -50,12 +53,13 @@ def run(trial: Trial, tasks: dict[str, Task]) -> dict[str, Any]:
     ends there: accuracy 0, `diverged` true.
     """
     task, settings = tasks[trial.task], dict(trial.settings)
-    if "warmup_task" in settings:
-        settings["warmup_task"] = tasks[settings["warmup_task"]]
+    for key in ("warmup_task", "avoid_task"):
+        if key in settings:
+            settings[key] = tasks[_AFTER[trial.task] if settings[key] == NEXT else settings[key]]
     start = time.perf_counter()
     prepared = prepare(task, trial.method, trial.budget, settings, trial.seed)
     chosen = time.perf_counter()
-    loss = train(prepared.model, task, trial.rate, trial.seed)
+    loss = train(prepared, task, trial.rate, trial.seed)
     seconds = {"selection": round(chosen - start, 2), "training": round(time.perf_counter() - chosen, 2)}
     result = asdict(trial) | {"trainable": prepared.trainable, "seconds": seconds, "diverged": not math.isfinite(loss)}
     if prepared.selection is not None:
@@ -70,8 +74,9 @@ def run(trial: Trial, tasks: dict[str, Task]) -> dict[str, Any]:
     }
 
 
-def train(model: nn.Module, task: Task, rate: float, seed: int) -> float:
+def train(prepared: Prepared, task: Task, rate: float, seed: int) -> float:
     """AdamW without weight decay, linear warm-up, constant to the middle, then linear to zero; the last loss."""
+    model = prepared.model
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -85,6 +90,8 @@ def train(model: nn.Module, task: Task, rate: float, seed: int) -> float:
         betas=BETAS,
         weight_decay=0.0,
     )
+    for schedule in prepared.schedules:
+        schedule.begin(model, optimizer, task.steps)
     model.train()
     loss, batches = torch.zeros(()), task.batches(seed)
     for step in range(task.steps):
@@ -97,8 +104,14 @@ def train(model: nn.Module, task: Task, rate: float, seed: int) -> float:
         loss.backward()
         for group in optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], CLIP)
+        for schedule in prepared.schedules:
+            schedule.before_update(step + 1)
         optimizer.step()
         optimizer.zero_grad()
+        for schedule in prepared.schedules:
+            schedule.after_update(step + 1)
+    for schedule in prepared.schedules:
+        schedule.end()
     return loss.item()
 
 

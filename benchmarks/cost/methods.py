@@ -118,6 +118,7 @@ def small(case: Case) -> dict[str, Method]:
         "smt matched, additive": smt(**put(), forward="additive"),
         "smt matched, blocks of 32": smt(**put(), block_size=32),
         "smt clustered": smt(**put(), **clustered),
+        "smt, rank 64 at most": smt(**put(), max_lora_rank=64, block_size=16, spread="free"),
         "released, matched": released_smt(**put()),
         "released, clustered": released_smt(**put(), **clustered),
         f"lora r{rank}, equal parameters": lora(rank, case.targets),

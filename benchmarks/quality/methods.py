@@ -98,7 +98,8 @@ def prepare(task: Task, method: str, budget: float, settings: dict[str, Any], se
         method: `"full"`, `"smt"` or a name of `RIVALS`.
         budget: rank of the LoRA of all linear layers that has as many trainable weights; ignored by `"full"`.
         settings: `modules` (of `MODULES`); for SMT further fields of `SMTConfig`, `warmup_batches`, `warmup_task` (a
-            task whose rows choose the blocks), `avoid_task` (one whose rows choose blocks that are left to it) and `schedules` (settings by name); for a rival, fields of its config.
+            task whose rows choose the blocks), `avoid_task` (one whose rows choose blocks that are left alone) and
+            `schedules` (settings by name); for a rival, fields of its config.
         seed: of all that is random.
 
     Raises:

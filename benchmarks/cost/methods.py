@@ -140,6 +140,7 @@ def small(case: Case) -> dict[str, Method]:
         "paca": smt(**put(), block_size=(-1, 1), spread="free"),
         "s2ft": channels(case, "consumers"),
         "s2ft, both sides": channels(case, "both"),
+        "smt, rank 64 at most": smt(**put(), max_lora_rank=64, block_size=16, spread="free"),
         "released, matched": released_smt(**put()),
         "released, clustered": released_smt(**put(), **clustered),
         f"lora r{rank}, equal parameters": lora(rank, case.targets),
@@ -158,6 +159,8 @@ def rosa(case: Case, rank: int) -> dict[str, Method]:
         return {}
     method = smt(case.density * (rank - half) / rank, case.targets, lora_rank=half)
     return {f"rosa r{half}, equal parameters": method}
+
+
 def channels(case: Case, coupled: str) -> Method:
     """Channels of S2FT, as many weights as `case.density` of all targets; of one budget, as in the paper."""
     base, settings = case.build(), {"coupled": coupled, "budget": "global"}

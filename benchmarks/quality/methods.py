@@ -100,8 +100,9 @@ def prepare(task: Task, method: str, budget: float, settings: dict[str, Any], se
         method: `"full"`, `"smt"` or a name of `RIVALS`.
         budget: rank of the LoRA of all linear layers that has as many trainable weights; ignored by `"full"`.
         settings: `modules` (of `MODULES`); for SMT further fields of `SMTConfig`, `warmup_batches`, `warmup_task` (a
-            task whose rows choose the blocks), `low_rank_share` (what of the budget low-rank pairs get beside the
-            blocks: as near as whole ranks come) and `schedules` (settings by name); for a rival, fields of its config.
+            task whose rows choose the blocks), `avoid_task` (one whose rows choose blocks that are left alone),
+            `low_rank_share` (what of the budget low-rank pairs get beside the blocks: as near as whole ranks come) and
+            `schedules` (settings by name); for a rival, fields of its config.
         seed: of all that is random.
 
     Raises:
@@ -128,7 +129,7 @@ def _smt(
     task: Task, model: nn.Module, budget: float, settings: dict[str, Any], seed: int, common: dict[str, Any]
 ) -> Prepared:
     modules, count = settings.pop("modules", "all"), settings.pop("warmup_batches", 16)
-    teacher = settings.pop("warmup_task", task)
+    teacher, other = settings.pop("warmup_task", task), settings.pop("avoid_task", None)
     schedules = tuple(SCHEDULES[name](**values) for name, values in settings.pop("schedules", {}).items())
     one, weights = per_rank(model, modules)
     wanted, share = budget * per_rank(model)[0], settings.pop("low_rank_share", 0.0)
@@ -140,6 +141,8 @@ def _smt(
     density = wanted / weights
     config = SMTConfig(target_modules=MODULES[modules], density=min(1.0, density), seed=seed, **common, **settings)
     rows = None
+    if other is not None:
+        config.avoid = select_blocks(model, config, _limited(other.batches(seed + 1000), count), count, progress=False)
     if config.needs_data:
         rows = _limited(teacher.batches(seed + 1000), count)
     selection = select_blocks(model, config, rows, count, progress=False)

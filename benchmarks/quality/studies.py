@@ -12,6 +12,7 @@ from .docstrings import Docstrings
 from .methods import RIVALS, SMT, START
 from .skills import Skill
 from .task import Task
+from .trial import NEXT
 
 #: Steps and rows of a batch, such that full fine-tuning just learns it: what a small budget costs can then be seen.
 TASKS: dict[str, Callable[[], Task]] = {
@@ -57,6 +58,9 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
     "paca": FAMILY["columns"],
     "s2ft": {"coupled": "consumers", "score": "random", "budget": "global", "modules": "consumers"},
     "s2ft both": {"coupled": "both", "score": "random", "budget": "global", "modules": "channels"},
+    # The preset's rank of 64 is for matrices 16 times as wide.
+    "serve_as_lora": CHOSEN | {"spread": "free", "max_lora_rank": 8, "block_size": 2},
+    "avoid": CHOSEN | {"avoid_task": NEXT},
 }
 #: Where the searches of those start whose rates are not AdamW's.
 NEIGHBOUR_START = {"mezo": 0.128, "sparse mezo": 0.128}

@@ -22,6 +22,9 @@ HEAD_RATE = 2e-3
 BETAS = (0.9, 0.98)
 CLIP = 1.0
 WARMUP_SHARE = 0.1
+#: For every skill another one.
+NEXT = "next"
+_AFTER = {"reverse": "sort", "sort": "shift", "shift": "reverse"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Trial:
         budget: rank of the LoRA with as many trainable weights.
         rate: peak learning rate.
         seed: of everything random.
-        settings: as `methods.prepare` takes them; `warmup_task` is a name here, and `optimizer` may be `"mezo"`.
+        settings: as `methods.prepare` takes them; `warmup_task` and `avoid_task` are names here, or `NEXT`, and
+            `optimizer` may be `"mezo"`.
     """
 
     task: str
@@ -52,8 +56,9 @@ def run(trial: Trial, tasks: dict[str, Task]) -> dict[str, Any]:
     ends there: accuracy 0, `diverged` true.
     """
     task, settings = tasks[trial.task], dict(trial.settings)
-    if "warmup_task" in settings:
-        settings["warmup_task"] = tasks[settings["warmup_task"]]
+    for key in ("warmup_task", "avoid_task"):
+        if key in settings:
+            settings[key] = tasks[_AFTER[trial.task] if settings[key] == NEXT else settings[key]]
     train_by = TRAIN[settings.pop("optimizer", "adamw")]
     start = time.perf_counter()
     prepared = prepare(task, trial.method, trial.budget, settings, trial.seed)

@@ -22,6 +22,7 @@ ALLOWED = {
     "bench": {"blocks", "ops", "say"},
     "selection": {"bases", "blocks", "config", "ops", "say"},
     "tuner": {"bases", "blocks", "config", "ops", "say", "selection"},
+    "schedules": {"tuner"},
     "export": {"bases", "blocks", "config", "ops", "say", "tuner"},
     "report": {"blocks", "config", "export", "ops", "say"},
     "training": {
@@ -35,6 +36,7 @@ ALLOWED = {
         "presets",
         "report",
         "say",
+        "schedules",
         "selection",
         "tuner",
     },

@@ -19,6 +19,7 @@ from torch import nn
 
 from smt_peft import BlockSelection, SMTConfig, select_blocks
 from smt_peft.bases.targets import find_targets
+from smt_peft.schedules import SCHEDULES, Schedule
 
 from .task import Task
 
@@ -76,11 +77,12 @@ START = {FULL: 2e-3, SMT: 3.2e-2} | {name: rival.rate for name, rival in RIVALS.
 
 @dataclass
 class Prepared:
-    """A model that is ready to train; the selection where there is one."""
+    """A model that is ready to train; the selection and the schedules where there are any."""
 
     model: nn.Module
     trainable: int
     selection: BlockSelection | None = None
+    schedules: tuple[Schedule, ...] = ()
 
 
 def per_rank(model: nn.Module, modules: str = "all") -> tuple[int, int]:
@@ -95,8 +97,8 @@ def prepare(task: Task, method: str, budget: float, settings: dict[str, Any], se
     Args:
         method: `"full"`, `"smt"` or a name of `RIVALS`.
         budget: rank of the LoRA of all linear layers that has as many trainable weights; ignored by `"full"`.
-        settings: `modules` (of `MODULES`); for SMT further fields of `SMTConfig`, `warmup_batches`, and `warmup_task`
-            (a task whose rows choose the blocks); for a rival, fields of its config.
+        settings: `modules` (of `MODULES`); for SMT further fields of `SMTConfig`, `warmup_batches`, `warmup_task` (a
+            task whose rows choose the blocks) and `schedules` (settings by name); for a rival, fields of its config.
         seed: of all that is random.
 
     Raises:
@@ -124,6 +126,7 @@ def _smt(
 ) -> Prepared:
     modules, count = settings.pop("modules", "all"), settings.pop("warmup_batches", 16)
     teacher = settings.pop("warmup_task", task)
+    schedules = tuple(SCHEDULES[name](**values) for name, values in settings.pop("schedules", {}).items())
     density = budget * per_rank(model)[0] / per_rank(model, modules)[1]
     config = SMTConfig(target_modules=MODULES[modules], density=min(1.0, density), seed=seed, **common, **settings)
     rows = None
@@ -132,7 +135,7 @@ def _smt(
     selection = select_blocks(model, config, rows, count, progress=False)
     config.selection = selection
     model = get_peft_model(model, config)
-    return Prepared(model, selection.effective_numel, selection)
+    return Prepared(model, selection.effective_numel, selection, schedules)
 
 
 def _limited(batches: Iterator[dict], count: int) -> Iterator[dict]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from smt_peft.presets import preset
+
 from .docstrings import Docstrings
 from .methods import RIVALS, SMT, START
 from .skills import Skill
@@ -49,6 +51,7 @@ FAMILY: dict[str, dict[str, Any]] = {
 NEIGHBOURS: dict[str, dict[str, Any]] = {
     "mezo": CHOSEN | {"score": "random", "optimizer": "mezo"},
     "sparse mezo": CHOSEN | {"score": "small_magnitude", "spread": "free", "optimizer": "mezo"},
+    "lisa": CHOSEN | {"schedules": preset("lisa")},
 }
 #: Where the searches of those start whose rates are not AdamW's.
 NEIGHBOUR_START = {"mezo": 0.128, "sparse mezo": 0.128}

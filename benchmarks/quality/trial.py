@@ -14,7 +14,7 @@ from smt_peft import BlockSelection
 from smt_peft.optim import MeZO
 from smt_peft.tuner.padding import padding_masks
 
-from .methods import of_head, prepare
+from .methods import Prepared, of_head, prepare
 from .task import Task
 
 #: Of a classifier's head, under every method alike.
@@ -58,7 +58,7 @@ def run(trial: Trial, tasks: dict[str, Task]) -> dict[str, Any]:
     start = time.perf_counter()
     prepared = prepare(task, trial.method, trial.budget, settings, trial.seed)
     chosen = time.perf_counter()
-    loss = train_by(prepared.model, task, trial.rate, trial.seed)
+    loss = train_by(prepared, task, trial.rate, trial.seed)
     seconds = {"selection": round(chosen - start, 2), "training": round(time.perf_counter() - chosen, 2)}
     result = asdict(trial) | {"trainable": prepared.trainable, "seconds": seconds, "diverged": not math.isfinite(loss)}
     if prepared.selection is not None:
@@ -73,8 +73,9 @@ def run(trial: Trial, tasks: dict[str, Task]) -> dict[str, Any]:
     }
 
 
-def train(model: nn.Module, task: Task, rate: float, seed: int) -> float:
+def train(prepared: Prepared, task: Task, rate: float, seed: int) -> float:
     """AdamW without weight decay, linear warm-up, constant to the middle, then linear to zero; the last loss."""
+    model = prepared.model
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -88,6 +89,8 @@ def train(model: nn.Module, task: Task, rate: float, seed: int) -> float:
         betas=BETAS,
         weight_decay=0.0,
     )
+    for schedule in prepared.schedules:
+        schedule.begin(model, optimizer, task.steps)
     model.train()
     loss, batches = torch.zeros(()), task.batches(seed)
     for step in range(task.steps):
@@ -100,13 +103,20 @@ def train(model: nn.Module, task: Task, rate: float, seed: int) -> float:
         loss.backward()
         for group in optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], CLIP)
+        for schedule in prepared.schedules:
+            schedule.before_update(step + 1)
         optimizer.step()
         optimizer.zero_grad()
+        for schedule in prepared.schedules:
+            schedule.after_update(step + 1)
+    for schedule in prepared.schedules:
+        schedule.end()
     return loss.item()
 
 
-def train_forward_only(model: nn.Module, task: Task, rate: float, seed: int) -> float:
-    """As `train`, by `MeZO`: as many steps of two forward passes each; the last loss."""
+def train_forward_only(prepared: Prepared, task: Task, rate: float, seed: int) -> float:
+    """As `train`, without schedules, by `MeZO`: as many steps of two forward passes each; the last loss."""
+    model = prepared.model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = MeZO(trained, seed=seed, masks=padding_masks(model))
     model.train()

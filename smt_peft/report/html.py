@@ -322,8 +322,10 @@ def _provenance(selection: BlockSelection) -> list[tuple[str, str]]:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    flat = {key: value for key, value in settings.items() if key != "smt"}
-    flat |= {f"smt.{key}": value for key, value in (settings.get("smt") or {}).items()}
+    flat = {}
+    for key, value in settings.items():
+        inside = {f"{key}.{name}": each for name, each in value.items()} if isinstance(value, Mapping) else None
+        flat |= {key: value} if inside is None else inside
     return [
         (key, "***" if key.endswith("token") else value if isinstance(value, str) else json.dumps(value))
         for key, value in flat.items()

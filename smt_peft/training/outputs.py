@@ -22,7 +22,7 @@ from ..report.files import METRICS, RUN, SELECTION, UNFINISHED
 from .errors import ConfigError
 from .stopping.checkpoints import is_whole, last_checkpoint, read_state
 from .tell import tell
-from .yaml.keys import RunConfig
+from .yaml.keys import BLOCKS, RunConfig
 from .yaml.schema import Run
 
 REPORT, PICTURE = "report.md", "blocks.png"
@@ -130,7 +130,7 @@ def _checkpoint(directory: Path, wanted: bool | str, earlier: dict | None, run: 
             "restore it, or start anew"
         )
     changed = _differences(earlier or {}, run.resolved)
-    ours = {*RunConfig.__annotations__, "smt"}
+    ours = {*RunConfig.__annotations__, *BLOCKS}
     fixed = [change for change in changed if change.split(":")[0].split(".")[0] in ours]
     if earlier is not None and fixed:
         raise ConfigError(

@@ -27,6 +27,7 @@ from ..report.html import HTML, write_report
 from ..report.picture import draw_selection
 from ..report.series import tokens_per_second
 from ..report.table import report
+from ..schedules import ScheduleCallback
 from ..selection import select_blocks
 from ..tuner.delta import SMTBlocks
 from . import outputs
@@ -81,7 +82,8 @@ def train(
     selection = choose(run, prepared, earlier.selection)
     clock.lap("selection")
     measures = Measures()
-    trainer = make_trainer(run, prepared, _smt_config(run, selection), [*callbacks, measures])
+    schedules = [ScheduleCallback(*run.schedules)] if run.schedules else []
+    trainer = make_trainer(run, prepared, _smt_config(run, selection), [*callbacks, measures, *schedules])
     main = trainer.is_world_process_zero()
     if main:
         selection.save(directory / outputs.SELECTION)
@@ -221,6 +223,7 @@ def fit(run: Run, trainer: Trainer, checkpoint: str | None = None) -> float:
     # Again, so that neither the warm-up nor an evaluation before the training changes the order of its rows: a resumed
     # run and one with a selection file draw the same.
     set_seed(run.trainer.seed)
+    trainer.args.resume_from_checkpoint = checkpoint  # For callbacks with a state of their own.
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer.seconds
 

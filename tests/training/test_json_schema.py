@@ -11,7 +11,7 @@ from runs import ROOT
 from smt_peft import cli
 from smt_peft.training.yaml.aliases import ALIASES, REFUSED
 from smt_peft.training.yaml.json_schema import documented, json_schema
-from smt_peft.training.yaml.keys import TRAINERS, RunConfig, Warmup, known_keys
+from smt_peft.training.yaml.keys import BLOCKS, TRAINERS, RunConfig, Warmup, known_keys
 
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -42,9 +42,10 @@ def test_the_verb_prints_it(schema, capsys):
 
 def test_it_has_every_key_and_alias_and_no_other(schema):
     flat, block = schema["properties"], schema["properties"]["smt"]
-    keys = {key for task in TRAINERS for key in known_keys(task) if "." not in key} | ALIASES.keys() | {"smt"}
+    keys = {key for task in TRAINERS for key in known_keys(task) if "." not in key} | ALIASES.keys() | BLOCKS.keys()
     assert flat.keys() == keys
-    assert {f"smt.{key}" for key in block["properties"]} == {key for key in known_keys() if "." in key}
+    nested = {f"{name}.{key}" for name in BLOCKS for key in flat[name]["properties"]}
+    assert nested == {key for key in known_keys() if "." in key}
     assert schema["additionalProperties"] is block["additionalProperties"] is False
     assert not flat.keys() & REFUSED.keys()
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ...schedules import ScheduleCallback
 from ..errors import DiskFullError, DivergedError, Interrupted, StoppedError
 from . import checkpoints
 from .signals import Request, name, requesting
@@ -116,6 +117,9 @@ class SafeTraining:
         self._aside = directory / checkpoints.SAVING
         try:
             super()._save_checkpoint(model, trial)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ScheduleCallback) and self.args.should_save:
+                    callback.save(self._aside / checkpoint.name)
             self._publish(self._aside / checkpoint.name, checkpoint)
         # torch.save has RuntimeErrors for a disk that is full.
         except (OSError, RuntimeError, SafetensorError) as error:

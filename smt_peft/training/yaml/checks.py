@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -160,12 +160,17 @@ _NOT_WITH_MEZO = {
 }
 
 
-def check_mezo(good: Mapping[str, Any], chooses_by_gradients: bool, errors: Errors) -> None:
+# Schedules that look at no gradient.
+_WITHOUT_GRADIENTS = ("layer_sampling",)
+
+
+def check_mezo(good: Mapping[str, Any], chooses_by_gradients: bool, schedules: Iterable[str], errors: Errors) -> None:
     """What `optim: mezo` cannot be combined with, and its keys without it.
 
     Args:
         good: the settings of the run.
         chooses_by_gradients: whether there is a warm-up pass with a backward pass.
+        schedules: the names of those that are given.
         errors: takes what is wrong.
     """
     if good.get("optim") != MEZO:
@@ -178,6 +183,9 @@ def check_mezo(good: Mapping[str, Any], chooses_by_gradients: bool, errors: Erro
     for key, reason in _NOT_WITH_MEZO.items():
         if good.get(key):
             errors.add(key, f"{key} does not go with optim: mezo: {reason}")
+    for name in schedules:
+        if name not in _WITHOUT_GRADIENTS:
+            errors.add(name, f"{name} is for training by gradients, which optim: mezo has not; leave one of them out")
     if good.get("gradient_checkpointing") and not chooses_by_gradients:
         errors.add(
             "gradient_checkpointing",

@@ -12,12 +12,16 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import TypeAdapter
 
-from ...config import BUDGETS, SCORES, SMTConfig
+from ...config import BUDGETS, SCORES
+from ...schedules import SCHEDULES
 from .aliases import ALIASES
-from .keys import OWN_OPTIMIZERS, TRAINER_OPTIMIZERS, TRAINERS, RunConfig, Warmup, known_keys
+from .keys import BLOCKS, OWN_OPTIMIZERS, TRAINER_OPTIMIZERS, TRAINERS, RunConfig, Warmup, known_keys
 from .values import adapter
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_ABOUT = {"smt": "Which blocks of which weights train: fields of SMTConfig."} | {
+    name: " ".join(inspect.getdoc(schedule).partition("\n\n")[0].split()) for name, schedule in SCHEDULES.items()
+}
 # `${run_name}` may stand for a value of any type.
 _INTERPOLATION = {"type": "string", "pattern": r"^\$\{"}
 _REQUIRED = (("model_name_or_path",), ("output_dir",), ("dataset_path", "dataset_name", "dataset_mixture"))
@@ -35,12 +39,17 @@ def json_schema() -> dict[str, Any]:
     schemas, shared = TypeAdapter.json_schemas([(key, "validation", adapter(hint)) for key, hint in hints.items()])
     notes = _notes()
     properties = {key: notes.get(key, {}) | _or_interpolated(schemas[key, "validation"]) for key in hints}
-    block = {key.removeprefix("smt."): properties.pop(key) for key in list(properties) if key.startswith("smt.")}
+    blocks = {
+        name: {
+            key.removeprefix(f"{name}."): properties.pop(key) for key in list(properties) if key.startswith(f"{name}.")
+        }
+        for name in BLOCKS
+    }
     return {
         "$schema": DIALECT,
         "title": "A run of smt train",
         "type": "object",
-        "properties": properties | {"smt": _object(block, "Which blocks of which weights train: fields of SMTConfig.")},
+        "properties": properties | {name: _object(block, _ABOUT[name]) for name, block in blocks.items()},
         "additionalProperties": False,
         "allOf": [
             *({"anyOf": [{"required": [name]} for name in _names(keys)]} for keys in _REQUIRED),
@@ -98,7 +107,8 @@ def _notes() -> dict[str, dict[str, Any]]:
     """What an editor shows of a key besides its type."""
     notes: dict[str, dict[str, Any]] = {key: {"description": text} for key, text in _descriptions().items()}
     trainers = TRAINERS.values()
-    for prefix, owner in (*(("", owner) for owner in (*trainers, RunConfig)), ("smt.", SMTConfig), ("smt.", Warmup)):
+    nested = ((f"{name}.", owner) for name, owner in BLOCKS.items())
+    for prefix, owner in (*(("", owner) for owner in (*trainers, RunConfig)), *nested, ("smt.", Warmup)):
         for field in fields(owner):
             differs = any(field.default != _default(other, field.name, field.default) for other in trainers)
             if isinstance(field.default, (bool, int, float, str)) and (prefix or not differs):
@@ -119,8 +129,10 @@ def _descriptions() -> dict[str, str]:
     for owner in reversed(TRAINERS.values()):
         trainers |= documented(owner)
         trainers |= {field.name: field.metadata["help"] for field in fields(owner) if "help" in field.metadata}
-    smt = documented(SMTConfig) | documented(Warmup)
-    return trainers | documented(RunConfig) | {f"smt.{name}": text for name, text in smt.items()}
+    blocks = {name: documented(owner) for name, owner in BLOCKS.items()}
+    blocks["smt"] |= documented(Warmup)
+    nested = {f"{block}.{name}": text for block, texts in blocks.items() for name, text in texts.items()}
+    return trainers | documented(RunConfig) | nested
 
 
 def documented(owner: type) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""The keys of a run and their types: its trainer's own, a few of ours, and `SMTConfig`'s in the `smt:` block."""
+"""The keys of a run and their types: its trainer's own, a few of ours, `SMTConfig`'s in the `smt:` block, and those of
+each schedule in a block of its name."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from transformers.training_args import OptimizerNames
 from trl import DPOConfig, SFTConfig
 
 from ...config import RECORDED, SMTConfig
+from ...schedules import SCHEDULES, Schedule
 from ...selection.warmup import WARMUP_BATCHES
 from ..data.forms import FORMS
 from ..data.labelled import labelled
@@ -18,6 +20,8 @@ from ..tasks.arguments import ClassificationConfig
 from .aliases import ALIASES
 
 AUTO = "auto"
+# What is a map of settings of its own, by its name, and whose settings.
+BLOCKS: dict[str, type] = {"smt": SMTConfig, **SCHEDULES}
 TRAINER_OPTIMIZERS = tuple(name.value for name in OptimizerNames)
 # What `optim` may be besides the trainer's own: `SMTAdamW`, by the `state_dtype` of its moments.
 SMT_OPTIMIZERS = {"smt_adamw": "float32", "smt_adamw_bf16": "bfloat16", "smt_adamw_8bit": "8bit"}
@@ -146,7 +150,7 @@ class Warmup:
 
 
 def known_keys(task: str = "sft") -> dict[str, Any]:
-    """Every key of a run with its type; those of the nested block start with `smt.`."""
+    """Every key of a run with its type; those of a nested block start with its name, `smt.density`."""
     owner = TRAINERS[task]
     theirs = get_type_hints(owner)
     left_out = INEFFECTIVE | _INEFFECTIVE_IN.get(task, set()) | ALIASES.keys()
@@ -158,7 +162,14 @@ def known_keys(task: str = "sft") -> dict[str, Any]:
     smt = get_type_hints(SMTConfig)
     smt = {field.name: smt[field.name] for field in fields(SMTConfig) if field.name not in _INTERNAL}
     smt |= get_type_hints(Warmup) | {"score": str}
-    return hints | get_type_hints(RunConfig) | {f"smt.{name}": hint for name, hint in smt.items()}
+    blocks = {"smt": smt, **{name: _settings(schedule) for name, schedule in SCHEDULES.items()}}
+    nested = {f"{block}.{name}": hint for block, settings in blocks.items() for name, hint in settings.items()}
+    return hints | get_type_hints(RunConfig) | nested
+
+
+def _settings(schedule: type[Schedule]) -> dict[str, Any]:
+    theirs = get_type_hints(schedule)
+    return {field.name: theirs[field.name] for field in fields(schedule)}
 
 
 def tasks_with(key: str) -> list[str]:

@@ -1,4 +1,5 @@
-"""The YAML of a run: TRL's `SFTConfig` names and a few of our own, flat, plus one `smt:` block of `SMTConfig` names.
+"""The YAML of a run: TRL's `SFTConfig` names and a few of our own, flat, one `smt:` block of `SMTConfig` names, and
+a block for each schedule.
 
 Every key is checked before anything is loaded, and all errors are reported at once, each with its line.
 """
@@ -10,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import torch
 from transformers import TrainingArguments
 
 from ...config import SMTConfig
+from ...schedules import SCHEDULES, Schedule
 from ..tell import tell
 from .aliases import ALIASES, REFUSED, translate
 from .checks import check_files, check_mezo, check_optim, check_presence, check_quantisation, check_task
 from .keys import (
     AUTO,
+    BLOCKS,
     MEZO,
     SMT_OPTIMIZERS,
     TASK_TYPES,
@@ -52,6 +55,7 @@ class Run:
         resolved: every key that was given, interpolations and overrides applied, and every default of ours.
         source: where each key stands.
         state_dtype: of `SMTAdamW`; None: the optimizer is another.
+        schedules: what changes while the blocks train.
         forward_only: whether the optimizer is `MeZO`, so that there is no backward pass.
     """
 
@@ -63,6 +67,7 @@ class Run:
     resolved: dict[str, Any]
     source: Source
     state_dtype: str | None = None
+    schedules: tuple[Schedule, ...] = ()
     forward_only: bool = False
 
 
@@ -84,12 +89,17 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     check_quantisation(good, errors)
     check_files(task, good, errors)
     ours = {key for key in good if key in RunConfig.__dataclass_fields__}
-    block = {key.removeprefix("smt."): value for key, value in good.items() if key.startswith("smt.")}
+    blocks = {name: _inside(name, good) for name in BLOCKS}
+    block = blocks.pop("smt")
     warmup = Warmup(**{key: block.pop(key) for key in ("selection", "warmup_batches") if key in block})
-    trainer = {key: value for key, value in good.items() if key not in ours and not key.startswith("smt.")}
+    trainer = {key: value for key, value in good.items() if key not in ours and key.partition(".")[0] not in BLOCKS}
     smt = _build(lambda given: SMTConfig(task_type=TASK_TYPES[task], **given), block, "smt", errors)
+    given = [name for name in SCHEDULES if settings.get(name) is not None]
+    schedules = [
+        _build(lambda given, kind=SCHEDULES[name]: kind(**given), blocks[name], name, errors) for name in given
+    ]
     check_optim(trainer, errors)
-    check_mezo(good, smt is not None and smt.needs_data and warmup.selection == AUTO, errors)
+    check_mezo(good, smt is not None and smt.needs_data and warmup.selection == AUTO, given, errors)
     forward_only = trainer.get("optim") == MEZO
     theirs = {key: value for key, value in trainer.items() if key != "optim" or value in TRAINER_OPTIMIZERS}
     arguments = _build(lambda given: TRAINERS[task](**_with_defaults(given, forward_only)), theirs, "", errors)
@@ -101,21 +111,39 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         **{field.name: getattr(config, field.name) for field in fields(config)},
         **trainer,
         "smt": {**vars(warmup), **block},
+        **{schedule.name: asdict(schedule) for schedule in schedules},
     }
     state_dtype = SMT_OPTIMIZERS.get(trainer.get("optim"))
-    given = config, arguments, smt, warmup.selection, warmup.warmup_batches, resolved, source
-    return Run(*given, state_dtype, forward_only)
+    return Run(
+        config,
+        arguments,
+        smt,
+        warmup.selection,
+        warmup.warmup_batches,
+        resolved,
+        source,
+        state_dtype,
+        tuple(schedules),
+        forward_only,
+    )
 
 
 def _flatten(settings: dict[str, Any], errors: Errors) -> dict[str, Any]:
-    flat = {str(key): value for key, value in settings.items() if key != "smt"}
-    block = settings.get("smt")
-    if isinstance(block, Mapping):
-        flat |= {f"smt.{key}": value for key, value in block.items()}
-    elif block is not None:
-        errors.add("smt", f"smt is a block of settings (density: 0.01, ...), got {block!r}")
+    flat = {str(key): value for key, value in settings.items() if key not in BLOCKS}
+    for name in BLOCKS:
+        block = settings.get(name)
+        if isinstance(block, Mapping):
+            flat |= {f"{name}.{key}": value for key, value in block.items()}
+        elif block is not None:
+            example = "density: 0.01, ..." if name == "smt" else "{} takes the defaults"
+            errors.add(name, f"{name} is a block of settings ({example}), got {block!r}")
     # YAML 1.1 reads a bare `no` as false.
     return {key: "no" if value is False and key.endswith("_strategy") else value for key, value in flat.items()}
+
+
+def _inside(block: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a block by their names in it."""
+    return {key.removeprefix(f"{block}."): value for key, value in values.items() if key.startswith(f"{block}.")}
 
 
 def _check(key: str, value: Any, known: Mapping[str, Any], errors: Errors, task: str) -> bool:

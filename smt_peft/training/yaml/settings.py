@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .keys import known_keys
+from .keys import BLOCKS, known_keys
 from .schema import Run
 
 # Of the trainer's keys, those whose defaults decide what a run learns and what it costs.
@@ -35,10 +35,12 @@ _TELLING = (
 def render_settings(run: Run) -> str:
     """A YAML of what was given and of the defaults that matter, `smt train` reads it; comments tell the origins."""
     block = _block(run)
-    flat = {key: value for key, value in run.resolved.items() if key != "smt"}
+    flat = {key: value for key, value in run.resolved.items() if key not in BLOCKS}
     known = known_keys(run.config.task)
     defaults = {key: _plain(getattr(run.trainer, key)) for key in _TELLING if key in known and key not in flat}
     lines = [*_lines(flat | defaults, run), ("smt:", ""), *_lines(block, run, "smt.")]
+    for schedule in run.schedules:
+        lines += [(f"{schedule.name}:", ""), *_lines(run.resolved[schedule.name], run, f"{schedule.name}.")]
     width = min(60, max(len(text) for text, _ in lines))
     rest = sum("." not in key for key in known) - len(flat | defaults)
     return "\n".join(f"{text:<{width}}  # {note}" if note else text for text, note in lines) + (

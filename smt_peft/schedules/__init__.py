@@ -1,0 +1,14 @@
+"""Schedules: which of the chosen blocks train changes while a model trains.
+
+Each is a dataclass of settings that runs by itself in a hand-written loop, in any trainer of Transformers with
+`ScheduleCallback`, and as a block of its name in a YAML.
+"""
+
+from .callback import ScheduleCallback
+from .sampling import LayerSampling
+from .schedule import Schedule
+
+#: By the name of their block in a YAML.
+SCHEDULES: dict[str, type[Schedule]] = {schedule.name: schedule for schedule in (LayerSampling,)}
+
+__all__ = ["SCHEDULES", "LayerSampling", "Schedule", "ScheduleCallback"]

@@ -1,0 +1,93 @@
+"""Schedules in a trainer of Transformers, checkpoints included."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from .schedule import Schedule
+
+FILE = "schedules.pt"
+
+
+class ScheduleCallback(TrainerCallback):
+    """Runs schedules around the updates of a trainer, and saves their state in its checkpoints.
+
+    Args:
+        schedules: each of another kind.
+
+    Raises:
+        ValueError: no schedule, or two of a kind; from `train`: a schedule cannot run on the model, the training is
+            sharded or distributed in a way that wants a gradient of every parameter, or the checkpoint that is resumed
+            from was saved without these schedules.
+    """
+
+    def __init__(self, *schedules: Schedule):
+        names = [schedule.name for schedule in schedules]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"ScheduleCallback takes one or more schedules, each of another kind, got {names}")
+        self.schedules = schedules
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        check_engine(args, [schedule.name for schedule in self.schedules])
+        saved = self._saved(args, state) if state.global_step else {}
+        for schedule in self.schedules:
+            schedule.begin(model, optimizer, state.max_steps, saved.get(schedule.name))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        for schedule in self.schedules:
+            schedule.before_update(state.global_step + 1)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for schedule in self.schedules:
+            schedule.after_update(state.global_step)
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = _checkpoint(args, state)
+        # A trainer that publishes whole checkpoints has asked for the file before.
+        if args.should_save and not (checkpoint / FILE).exists():
+            self.save(checkpoint)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for schedule in self.schedules:
+            schedule.end()
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the state of the schedules into the directory of a checkpoint."""
+        aside = checkpoint / f"{FILE}.part"
+        torch.save({schedule.name: schedule.state_dict() for schedule in self.schedules}, aside)
+        aside.replace(checkpoint / FILE)
+
+    def _saved(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        named = args.resume_from_checkpoint
+        checkpoint = Path(named) if isinstance(named, str) else _checkpoint(args, state)
+        if not (checkpoint / FILE).is_file():
+            raise ValueError(
+                f"{checkpoint} has no {FILE}, so it was saved without a schedule; resume without one, or start anew"
+            )
+        saved = torch.load(checkpoint / FILE, weights_only=True, map_location="cpu")
+        if saved.keys() != {schedule.name for schedule in self.schedules}:
+            raise ValueError(
+                f"{checkpoint} was saved with the schedules {sorted(saved)}, not "
+                f"{sorted(schedule.name for schedule in self.schedules)}; resume with those, or start anew"
+            )
+        return saved
+
+
+def check_engine(args: TrainingArguments, names: Sequence[str]) -> None:
+    """Raise `ValueError` where an engine holds every parameter to the gradient that it had at the start."""
+    engine = "DeepSpeed" if getattr(args, "deepspeed", None) else "FSDP" if getattr(args, "fsdp", None) else None
+    if engine:
+        raise ValueError(f"{names[0]} changes what trains, which {engine} does not follow; leave one of them out")
+    if args.world_size > 1 and not args.ddp_find_unused_parameters:
+        raise ValueError(
+            f"{names[0]} lets parameters rest, for which DDP would wait; set ddp_find_unused_parameters: true"
+        )
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

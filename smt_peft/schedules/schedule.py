@@ -1,0 +1,63 @@
+"""What every schedule answers to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+
+class Schedule(ABC):
+    """Something about the trained blocks that changes while they train. Subclasses are dataclasses of settings.
+
+    A loop calls `begin` once, then around every update `before_update` and `after_update`, at last `end`:
+
+        schedule.begin(model, optimizer, total_steps)
+        for step, batch in enumerate(batches, start=1):
+            model(**batch).loss.backward()
+            schedule.before_update(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.after_update(step)
+        schedule.end()
+
+    To go on from a checkpoint, restore model and optimizer, then call `begin` with the checkpoint's state.
+    """
+
+    #: Of its block in a YAML, and in a checkpoint.
+    name: ClassVar[str]
+
+    @abstractmethod
+    def begin(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """Before the first update.
+
+        Args:
+            model: with one SMT adapter that trains.
+            optimizer: of its parameters; made while all of them required a gradient.
+            total_steps: updates of the whole training.
+            state: what `state_dict` returned, to go on from there.
+
+        Raises:
+            ValueError: the schedule cannot run on this model; names the setting and the repair.
+        """
+
+    def before_update(self, step: int) -> None:  # noqa: B027 (nothing to do for some)
+        """The gradients of update `step` (from 1) are there and clipped."""
+
+    def after_update(self, step: int) -> None:  # noqa: B027
+        """Update `step` is done, and the gradients are cleared."""
+
+    def end(self) -> None:  # noqa: B027
+        """After the last update: everything that was set aside for the training alone is put back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What going on takes besides the model and the optimizer: tensors and plain data."""
+        return {}

@@ -1,0 +1,49 @@
+"""Schedules in a run: from YAML to checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from runs import assert_resumed_alike
+
+from smt_peft.schedules import LayerSampling
+from smt_peft.training.errors import ConfigError
+from smt_peft.training.yaml.schema import load_run
+
+#: Settings of each by which something changes before and after the checkpoint of step 4.
+BLOCKS = {
+    "layer_sampling": {"layers": 1, "every": 3, "moments": "move"},
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("optim", ["adamw_torch", "smt_adamw"])
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(workshop, tmp_path, name, optim):
+    assert_resumed_alike(replace(workshop, directory=tmp_path), optim=optim, **{name: BLOCKS[name]})
+
+
+def test_a_block_reaches_its_schedule_and_the_settings_that_are_saved(workshop):
+    run = load_run(workshop.write("blocks", layer_sampling={"layers": 1}), ["layer_sampling.every=7"])
+    assert run.schedules == (LayerSampling(layers=1, every=7),)
+    assert run.resolved["layer_sampling"] == {"layers": 1, "every": 7, "moments": "drop", "seed": 0}
+
+
+def test_an_empty_block_takes_the_defaults_and_null_leaves_it_out(workshop):
+    assert load_run(workshop.write("empty", layer_sampling={})).schedules == (LayerSampling(),)
+    assert load_run(workshop.write("none"), ["layer_sampling=null"]).schedules == ()
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"layer": 1}, "unknown key 'layer_sampling.layer'; did you mean 'layer_sampling.layers'"),
+        ({"layers": 0}, "layer_sampling.layers: layers must be at least 1, got 0"),
+        ({"moments": "burn"}, "layer_sampling.moments must be 'drop' or 'move'"),
+        (2, "layer_sampling is a block of settings"),
+    ],
+)
+def test_what_is_wrong_in_a_block_is_said_with_its_line(workshop, block, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_run(workshop.write("wrong", layer_sampling=block))
+    assert "line" in str(caught.value)

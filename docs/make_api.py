@@ -19,8 +19,9 @@ PAGE = ROOT / "docs" / "api.md"
 NAMES = {
     "smt_peft": ("SMTConfig", "select_blocks", "BlockSelection"),
     "smt_peft.blocks": ("BlockGrid",),
-    "smt_peft.optim": ("SMTAdamW",),
+    "smt_peft.optim": ("SMTAdamW", "MeZO"),
     "smt_peft.tuner": ("hotswap_adapter", "make_room"),
+    "smt_peft.tuner.padding": ("padding_masks",),
     "smt_peft.tuner.effective": ("effective_update",),
     "smt_peft.export.merge": ("merge_adapter",),
     "smt_peft.export.lora": ("export_lora", "convert_to_lora", "exact_ranks", "LoraForm"),

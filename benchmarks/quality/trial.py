@@ -120,7 +120,7 @@ def train(prepared: Prepared, task: Task, rate: float, seed: int) -> float:
 
 
 def train_forward_only(prepared: Prepared, task: Task, rate: float, seed: int) -> float:
-    """As `train`, by `MeZO`: as many steps of two forward passes each; the last loss."""
+    """As `train`, without schedules, by `MeZO`: as many steps of two forward passes each; the last loss."""
     model = prepared.model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = MeZO(trained, seed=seed, masks=padding_masks(model))

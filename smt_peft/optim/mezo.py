@@ -33,7 +33,8 @@ class MeZO(torch.optim.Optimizer):
 
     Between the passes parameters are displaced; afterwards they are again what they were, bit for bit: for the length
     of `estimate` there is a copy of what is trained, as large as its gradient would be. Adding and taking away the
-    noise in place needs none, but leaves a rounding at every step, which in bf16 is larger than most updates.
+    noise in place needs none, but leaves a rounding at every step, which in bf16 is larger than most updates. What does
+    not require a gradient when a step begins rests: it is neither displaced nor updated.
 
     Args:
         params: tensors or parameter groups; a group may have its own `lr` and `weight_decay`.
@@ -101,7 +102,7 @@ class MeZO(torch.optim.Optimizer):
         Returns:
             The mean of the losses, which is the loss at the parameters up to eps^2; fp64.
         """
-        params = [param for _, param in self._trained()]
+        params = [param for _, _, param in self._trained()]
         originals = [param.clone() for param in params]
         rewind, losses = _random_state({param.device for param in params}), []
         try:
@@ -141,7 +142,7 @@ class MeZO(torch.optim.Optimizer):
             )
         projected = self.projected.tolist()
         if all(map(math.isfinite, projected)):
-            for index, (group, param) in enumerate(self._trained()):
+            for index, group, param in self._trained():
                 self._update(index, group, param, projected)
         for group in self.param_groups:
             group["num_updates"] += 1
@@ -158,7 +159,7 @@ class MeZO(torch.optim.Optimizer):
 
         Always the same, whatever was drawn before: fp32, of the parameter's shape, on its device, zero where a mask is.
         """
-        group, param = list(self._trained())[index]
+        group, param = next((group, param) for number, group, param in self._trained() if number == index)
         return self._noise(index, sample, group, param)
 
     def _noise(self, index: int, sample: int, group: dict[str, Any], param: Tensor) -> Tensor:
@@ -172,8 +173,8 @@ class MeZO(torch.optim.Optimizer):
         return noise if mask is None else noise.mul_(mask)
 
     def _displace(self, originals: list[Tensor], sample: int, by: float) -> None:
-        for index, (group, param) in enumerate(self._trained()):
-            param.copy_(torch.add(originals[index], self._noise(index, sample, group, param), alpha=by))
+        for original, (index, group, param) in zip(originals, self._trained(), strict=True):
+            param.copy_(torch.add(original, self._noise(index, sample, group, param), alpha=by))
 
     def _update(self, index: int, group: dict[str, Any], param: Tensor, projected: list[float]) -> None:
         wide = torch.promote_types(param.dtype, torch.float32)
@@ -186,8 +187,10 @@ class MeZO(torch.optim.Optimizer):
             value = round_stochastically(value, fmix32(group["num_updates"] & 0xFFFFFFFF), index, salt=0)
         param.copy_(value)
 
-    def _trained(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        return ((group, param) for group in self.param_groups for param in group["params"])
+    def _trained(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+        """Each parameter that does not rest, with its number over all groups, and its group."""
+        every = ((group, param) for group in self.param_groups for param in group["params"])
+        return ((index, group, param) for index, (group, param) in enumerate(every) if param.requires_grad)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("eps", "samples", "masks", "projected", "_estimated")}

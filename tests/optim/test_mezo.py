@@ -288,6 +288,18 @@ def test_what_interrupts_a_pass_leaves_the_parameters_as_they_were():
     assert equal(params, parameters())
 
 
+def test_what_requires_no_gradient_rests():
+    params = parameters()
+    optimizer = MeZO(params, lr=1e-3, weight_decay=0.1)
+    noise = [optimizer.noise(i) for i in range(len(params))]
+    params[1].requires_grad_(False)
+    optimizer.step(lambda: loss_of(params))
+    assert torch.equal(params[1], parameters()[1]) and not torch.equal(params[0], parameters()[0])
+    # The others have the noise that they would have had.
+    moved = (params[2] - parameters()[2] * (1 - 1e-4)).detach()
+    assert torch.corrcoef(torch.stack([moved, noise[2]]))[0, 1].abs() > 0.99
+
+
 def test_groups_have_their_own_numbers():
     params = parameters()
     groups = [{"params": params[:2], "lr": 0.0}, {"params": params[2:], "lr": 1e-3}]

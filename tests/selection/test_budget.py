@@ -198,7 +198,9 @@ def targets_of(shapes, device="cpu"):
     }
 
 
-@pytest.mark.parametrize("score", ["random", "diagonal", "magnitude", "low_rank_magnitude", "grad_abs"])
+@pytest.mark.parametrize(
+    "score", ["random", "diagonal", "magnitude", "small_magnitude", "low_rank_magnitude", "grad_abs"]
+)
 @pytest.mark.parametrize("how", ["free", "capped", "assignment"])
 def test_without_data(score, how):
     config = SMTConfig(score=score, density=0.3, block_size=4, spread=how)
@@ -212,6 +214,19 @@ def test_without_data(score, how):
     counted = select_without_data(targets_of(SHAPES), config, counts, grids)
     assert {name: len(blocks) for name, blocks in counted.blocks.items()} == counts
     assert counted.grids["head"] == grids["head"]
+
+
+def test_small_magnitude_takes_the_blocks_of_least_mean_in_every_matrix():
+    targets = targets_of({"a": (16, 24), "b": (12, 20)})
+    targets["b"].module.weight.data.mul_(100)
+    config = SMTConfig(score="small_magnitude", density=0.25, block_size=4, spread="free", budget="per_module")
+    chosen = select_without_data(targets, config)
+    for name, target in targets.items():
+        rows, cols = target.module.weight.shape
+        means = target.module.weight.detach().abs().view(rows // 4, 4, cols // 4, 4).mean((1, 3))
+        least = means.flatten().argsort()[: len(chosen.blocks[name])]
+        found = chosen.blocks[name][:, 0] * (cols // 4) + chosen.blocks[name][:, 1]
+        assert sorted(found.tolist()) == sorted(least.tolist()) and len(least) == means.numel() // 4
 
 
 def test_random_hangs_on_the_seed_alone():

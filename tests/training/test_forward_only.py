@@ -95,6 +95,15 @@ def test_a_run_resumes_as_if_it_had_not_stopped(workshop, task):
     assert_resumed_alike(of_task(workshop, task), **MEZO)
 
 
+def test_layers_may_take_turns(workshop):
+    """Of two layers one rests for all 8 steps."""
+    turns = {"layers": 1, "every": 8}
+    train(load_run(workshop.write("turns", **MEZO, layer_sampling=turns)))
+    weights = load_file(workshop.directory / "turns" / "adapter_model.safetensors")
+    moved = {key.split("layers.")[1][0] for key, tensor in weights.items() if key.endswith("weight") and tensor.any()}
+    assert len(moved) == 1
+
+
 def test_accumulated_batches_are_one_batch(still):
     """Every batch of a step sees the same directions, and each token weighs as much."""
     settings = {**MEZO, "mezo_eps": 0.05}

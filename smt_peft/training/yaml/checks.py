@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -199,13 +199,17 @@ _NOT_WITH_MEZO = {
 }
 
 
-def check_mezo(good: Mapping[str, Any], chooses_by_gradients: bool, schedules: Sequence[str], errors: Errors) -> None:
+# Schedules that look at no gradient.
+_WITHOUT_GRADIENTS = ("layer_sampling",)
+
+
+def check_mezo(good: Mapping[str, Any], chooses_by_gradients: bool, schedules: Iterable[str], errors: Errors) -> None:
     """What `optim: mezo` cannot be combined with, and its keys without it.
 
     Args:
         good: the settings of the run.
         chooses_by_gradients: whether there is a warm-up pass with a backward pass.
-        schedules: the blocks of schedules that are given.
+        schedules: the names of those that are given.
         errors: takes what is wrong.
     """
     if good.get("optim") != MEZO:
@@ -219,7 +223,8 @@ def check_mezo(good: Mapping[str, Any], chooses_by_gradients: bool, schedules: S
         if good.get(key):
             errors.add(key, f"{key} does not go with optim: mezo: {reason}")
     for name in schedules:
-        errors.add(name, f"{name} does not go with optim: mezo, which perturbs all blocks; leave one of them out")
+        if name not in _WITHOUT_GRADIENTS:
+            errors.add(name, f"{name} is for training by gradients, which optim: mezo has not; leave one of them out")
     if good.get("gradient_checkpointing") and not chooses_by_gradients:
         errors.add(
             "gradient_checkpointing",

@@ -55,8 +55,8 @@ class Run:
         resolved: every key that was given, interpolations and overrides applied, and every default of ours.
         source: where each key stands.
         state_dtype: of `SMTAdamW`; None: the optimizer is another.
-        forward_only: whether the optimizer is `MeZO`, so that there is no backward pass.
         schedules: what changes while the blocks train.
+        forward_only: whether the optimizer is `MeZO`, so that there is no backward pass.
     """
 
     config: RunConfig
@@ -67,8 +67,8 @@ class Run:
     resolved: dict[str, Any]
     source: Source
     state_dtype: str | None = None
-    forward_only: bool = False
     schedules: tuple[Schedule, ...] = ()
+    forward_only: bool = False
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
@@ -115,7 +115,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     }
     state_dtype = SMT_OPTIMIZERS.get(trainer.get("optim"))
     given = config, arguments, smt, warmup.selection, warmup.warmup_batches, resolved, source
-    return Run(*given, state_dtype, forward_only, tuple(schedules))
+    return Run(*given, state_dtype, tuple(schedules), forward_only)
 
 
 def _flatten(settings: dict[str, Any], errors: Errors) -> dict[str, Any]:

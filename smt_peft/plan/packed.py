@@ -120,4 +120,4 @@ class _Overlay:
 
     def __call__(self, x: Tensor) -> Tensor:
         base, blocks = self.layer.get_base_layer(), self.layer.smt_blocks[self.layer.active_adapters[0]]
-        return ops.block_overlay(x, base.dequantise, base.bias, blocks.weight, blocks.layout())
+        return ops.block_overlay(x, base.dequantise, base.bias, blocks.weight, blocks.layout(), blocks.int8)

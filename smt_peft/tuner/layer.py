@@ -83,7 +83,8 @@ class SMTLayer(BaseTunerLayer):
         """Add or replace an adapter of `num_blocks` blocks at the positions `index`, int32 `(num_blocks, 2)`."""
         self.check_forward(config.forward)
         self.check_grid(grid)
-        blocks = SMTBlocks(self.smt_name, grid, num_blocks, self.looked_up)
+        int8 = config.saved_activations == "int8"
+        blocks = SMTBlocks(self.smt_name, grid, num_blocks, self.looked_up, int8)
         # Whole, also where DeepSpeed has partitioned it at birth.
         with torch.no_grad(), present(blocks, modify=True):
             blocks.place(index)

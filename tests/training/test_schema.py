@@ -65,6 +65,7 @@ def test_our_own_keys_are_these():
             "max_lora_rank",
             "selection",
             "forward",
+            "saved_activations",
             "init_weights",
             "modules_to_save",
             "layers_to_transform",

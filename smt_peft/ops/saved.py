@@ -2,9 +2,10 @@
 
 In 8 bits (`int8`), `GROUP` consecutive tokens of a column share a scale, `max |x| / 127`, and are codes from -127 to
 127. Of a column, as activations of transformers have outlier channels, a few columns that are large for all tokens: in
-groups along a row they would take the resolution from their neighbours. On Gaussian inputs of which one column in a hundred is 50 times as large, the gradient of the other columns
-is off by 0.6 %, and by 13 % with groups of 128 columns of a token; where one token in a hundred is large instead, by
-2.4 % and 0.6 %; without outliers the two are alike (2026-11, `tests/ops/test_saved.py`).
+groups along a row they would take the resolution from their neighbours. On Gaussian inputs of which one column in a
+hundred is 50 times as large, the gradient of the other columns is off by 0.6 %, and by 13 % with groups of 128 columns
+of a token; where one token in a hundred is large instead, by 2.4 % and 0.6 %; without outliers the two are alike
+(2026-11, `tests/ops/test_saved.py`).
 
 Every value is off by half a step at most, so with steps `s` `(T, C)` and u the unit roundoff of the input's dtype
 

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,11 +25,13 @@ class Training:
 
     Args:
         autocast: whether the pass runs under bf16 autocast.
+        inputs: makes a batch, `use_cache` included where the model knows it; None: a random one for a decoder.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None = None
     autocast: bool = False
+    inputs: Callable[[], dict[str, Any]] | None = None
 
     @property
     def trainable(self) -> int:
@@ -47,13 +50,13 @@ class Training:
 
     def step(self, size: tuple[int, int], note: Note = lambda phase: None) -> float:
         """Seconds of one step on a batch of `size`; `note` is called with each phase's name as it begins."""
-        batch = random_batch(self.model, size, frozen=self.optimizer is None)
+        batch = self.inputs() if self.inputs else self._random(size)
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
         self._wait()
         start = time.perf_counter()
         note("forward")
         with autocast:
-            loss = self.model(**batch, use_cache=False).loss
+            loss = self.model(**batch).loss
         note("backward")
         loss.backward()
         note("update")
@@ -62,6 +65,9 @@ class Training:
             self.optimizer.zero_grad()
         self._wait()
         return time.perf_counter() - start
+
+    def _random(self, size: tuple[int, int]) -> dict[str, Any]:
+        return random_batch(self.model, size, frozen=self.optimizer is None) | {"use_cache": False}
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -52,8 +52,8 @@ def restored(kept: Tensor, scales: Sequence[Tensor], tokens: int, dtype: torch.d
     """The `(T, C)` that was kept, in the dtype that it had."""
     if not scales:
         return kept
-    # In one pass, without a copy of the codes in floats.
-    return (kept * scales[0]).view(-1, kept.shape[-1])[:tokens].to(dtype)
+    # In place: a product of integers and floats would hold both in floats on a CPU.
+    return kept.to(scales[0].dtype).mul_(scales[0]).view(-1, kept.shape[-1])[:tokens].to(dtype)
 
 
 def quantised(x_TC: Tensor) -> tuple[Tensor, Tensor]:

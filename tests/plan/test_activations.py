@@ -19,6 +19,7 @@ from smt_peft.plan.warmup import warm_up
 # Made anew for every model, as PEFT writes the names of what it has found into a config.
 MEASURED: dict[str, Callable[[], Method]] = {
     "smt": lambda: methods.smt(DENSITY),
+    "smt, int8": lambda: methods.smt(DENSITY, saved_activations="int8"),
     "lora": lambda: methods.lora(RANK),
     "dora": lambda: methods.lora(RANK, use_dora=True),
     "full": methods.full,

@@ -53,6 +53,7 @@ RECORDED = frozenset(
 SPREADS = ("free", "capped", "assignment")
 COUPLED = ("both", "consumers")
 FORWARDS = ("auto", "additive", "swap", "overlay")
+SAVED_ACTIVATIONS = ("full", "int8")
 MIN_AUTO_SIDE, MAX_AUTO_SIDE = 4, 256
 DEFAULT_DENSITY = 0.01
 CALLABLE_PREFIX = "callable:"
@@ -122,6 +123,8 @@ class SMTConfig(PeftConfig):
             an adapter before its weights are read.
         forward: `"auto"`, or `"additive"`, `"swap"` (float bases) or `"overlay"` (quantised bases that can be
             dequantised) by name.
+        saved_activations: how the inputs that the blocks' gradients need are kept until backward: `"full"`, or `"int8"`
+            with a scale for every 128 tokens of a column. Look-ups keep ids alone, so it changes nothing of theirs.
         init_weights: True starts from the base model (delta zero); False draws small random deltas, for tests.
         fan_in_fan_out: whether targets store `(in_features, out_features)`. Detected per layer; kept for PEFT.
         modules_to_save: modules trained in full and saved with the adapter.
@@ -163,6 +166,7 @@ class SMTConfig(PeftConfig):
     selection: BlockSelection | str | None = field(default=None, repr=False, metadata={"runtime": True})
     block_pattern: dict[str, list[int]] | None = None
     forward: Literal["auto", "additive", "swap", "overlay"] = "auto"
+    saved_activations: Literal["full", "int8"] = "full"
     init_weights: bool = True
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
@@ -415,6 +419,7 @@ class SMTConfig(PeftConfig):
             _check_name("score", self.score, SCORES)
         _check_name("spread", self.spread, SPREADS)
         _check_name("forward", self.forward, FORWARDS)
+        _check_name("saved_activations", self.saved_activations, SAVED_ACTIVATIONS)
         if not isinstance(self.budget, Mapping):
             _check_name("budget", self.budget, BUDGETS)
             return

@@ -32,6 +32,10 @@ REFUSED = {
     "unknown budget": ({"budget": "per_modul"}, "unknown budget 'per_modul'; did you mean 'per_module'"),
     "unknown spread": ({"spread": "wide"}, "unknown spread"),
     "unknown forward": ({"forward": "swop"}, "unknown forward 'swop'; did you mean 'swap'"),
+    "unknown saved activations": (
+        {"saved_activations": "int4"},
+        "unknown saved_activations 'int4'; did you mean 'int8'",
+    ),
     "budget share": ({"budget": {"up": 0}}, r"budget\['up'\] must be above 0"),
     "budget sum": ({"budget": {"up": 0.7, "down": 0.7}}, "add up to 1.4"),
     "budget regex": ({"budget": {"(": 1.0}}, "no valid regular expression"),

@@ -5,6 +5,7 @@
     python -m benchmarks.cost growth --axes tokens density
     python -m benchmarks.cost --quick --out build/cost  # tiny shapes that say nothing of speed
     python -m benchmarks.cost large --device cuda   # Llama-3-8B's shape
+    python -m benchmarks.cost freezing --device cuda
 
 A suite writes one JSON file, row by row; started again with the same settings, it goes on where it was stopped.
 """
@@ -18,17 +19,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import fourbit, growth, large, step, warmup
+from . import fourbit, freezing, growth, large, step, warmup
 from .model import Case
 from .result import ROOT, Result
 
-SMALL = ("step", "warmup", "fourbit", "growth")
-ROUNDS = {"step": 7}
+SMALL = ("step", "warmup", "fourbit", "growth", "freezing")
+ROUNDS = {"step": 7, "freezing": 15}
 QUICK = Case(hidden=128, layers=2, tokens=32, density=0.02)
 
 
@@ -45,7 +47,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{field}", type=int, help=about)
     parser.add_argument("--density", type=float, help="trained share of the weights")
     parser.add_argument("--axes", nargs="+", choices=growth.AXES, help="growth: these axes only")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="large: the GPU where there is one")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="large: the GPU where there is one; freezing")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="large")
     parser.add_argument("--shrink", type=int, default=1, help="large: divide every width, for a dry run")
     parser.add_argument("--batches", nargs="+", metavar="BxT", help="large: 16x512 1x2048")
@@ -61,7 +63,7 @@ def main(given: list[str] | None = None) -> None:
     with prepared():
         for name in args.suites or SMALL:
             print(f"\n{name}\n{'':59s} {'time':>9s} {'x frozen':>8s} {'p20 - p80':>16s} {'peak memory':>13s} {'x':>6s}")
-            run_large(args) if name == "large" else run_small(name, args)
+            {"large": run_large, "freezing": run_freezing}.get(name, partial(run_small, name))(args)
 
 
 @contextmanager
@@ -98,6 +100,15 @@ def run_small(name: str, args: argparse.Namespace) -> None:
         growth.suite(result, **rounds, axes=args.axes, centre=centre)
     else:
         {"step": step, "warmup": warmup, "fourbit": fourbit}[name].suite(result, centre, **rounds)
+
+
+def run_freezing(args: argparse.Namespace) -> None:
+    sizes = {key: getattr(args, key) for key in ("hidden", "layers", "tokens", "density") if getattr(args, key)}
+    small = {"hidden": 64, "layers": 2, "tokens": 64, "density": 0.02} if args.quick else {}
+    models = freezing.Models(**{**small, **sizes, "device": args.device or "cpu"})
+    rounds = {"rounds": args.rounds or (2 if args.quick else ROUNDS["freezing"]), "warmup": args.warmup}
+    path = args.out / f"freezing_{models.device}.json"
+    freezing.suite(Result(path, "freezing", {**vars(models), **rounds}, models.device), models, **rounds)
 
 
 def run_large(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,16 +14,18 @@ from .result import ROOT
 RESULTS = ROOT / "benchmarks" / "results" / "cost"
 #: How each column of `tables` is shown; others are ratios.
 FORMS = {"trained": ",d", "peak MiB": ".0f", "weights": ".0f", "training": ".0f", "transient": ".0f"}
+#: Of the freezing suite, whose models are small.
+FINE = {"saved": ".1f", "most saved": ".1f", "gradients": ".2f", "training": ".2f", "peak MiB": ".1f"}
 
 
 def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def shown(table: tables.Table) -> str:
+def shown(table: tables.Table, forms: Mapping[str, str] = FORMS) -> str:
     head, rows = table
     return markdown.table(
-        head, [[cell(value, FORMS.get(key, ".2f")) for key, value in zip(head, row, strict=True)] for row in rows]
+        head, [[cell(value, forms.get(key, ".2f")) for key, value in zip(head, row, strict=True)] for row in rows]
     )
 
 
@@ -57,6 +59,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost-step-dense": partial(steps, "step_cpu_0.049", "4.90%"),
     "cost-nf4": partial(steps, "fourbit_cpu", "nf4"),
     "cost-nf4-checkpointed": partial(steps, "fourbit_cpu", "nf4, checkpointed"),
+    "cost-freezing": lambda: shown(tables.freezing(read("freezing_cpu")), FINE),
     "cost-runs": lambda: shown(tables.runs(read("warmup_cpu"))),
     "cost-warmup": lambda: shown(tables.warm_ups(read("warmup_cpu"))),
     **{f"cost-growth-{axis.replace('_', '-')}": partial(growth, axis, "ratio") for axis in AXES},

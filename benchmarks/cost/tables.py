@@ -88,6 +88,22 @@ def growth(result: Mapping[str, Any], axis: str, figure: str = "ratio") -> Table
     ]
 
 
+def freezing(result: Mapping[str, Any]) -> Table:
+    """What a step holds by the share of modules that are frozen and how inputs are kept; memory in MiB."""
+    head = ["model", "frozen", "inputs", "saved", "most saved", "gradients", "training", "peak MiB", "x peak", "x time"]
+    return head, [
+        [
+            row["kind"],
+            f"{row['share']:.0%}",
+            row["saved_activations"],
+            *(row[f"{part}_bytes"] / MIB for part in ("saved", "most_saved", "gradient", "training", "peak")),
+            row["peak_ratio"],
+            row["ratio"],
+        ]
+        for row in measured(result)
+    ]
+
+
 def measured(result: Mapping[str, Any], point: str | None = None) -> list[Mapping[str, Any]]:
     """The rows of one point, or of all, without those that only say why they are not there."""
     return [row for row in result["rows"] if point in (None, row["point"]) and "reason" not in row]

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,14 @@ class Training:
     Args:
         autocast: whether the pass runs under bf16 autocast.
         backward: whether there is a backward pass; else the optimizer, if there is one, is `MeZO`.
+        inputs: makes a batch, `use_cache` included where the model knows it; None: a random one for a decoder.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer | None = None
     autocast: bool = False
     backward: bool = True
+    inputs: Callable[[], dict[str, Any]] | None = None
 
     @property
     def trainable(self) -> int:
@@ -49,7 +52,7 @@ class Training:
 
     def step(self, size: tuple[int, int], note: Note = lambda phase: None) -> float:
         """Seconds of one step on a batch of `size`; `note` is called with each phase's name as it begins."""
-        batch = random_batch(self.model, size, frozen=self.optimizer is None and self.backward)
+        batch = self.inputs() if self.inputs else self._random(size)
         autocast = torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
         self._wait()
         start = time.perf_counter()
@@ -66,14 +69,18 @@ class Training:
         self._wait()
         return time.perf_counter() - start
 
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
         def loss() -> Tensor:
-            return self.model(**batch, use_cache=False).loss
+            return self.model(**batch).loss
 
         if self.backward:
             return loss()
         with torch.no_grad():
             return loss() if self.optimizer is None else self.optimizer.estimate(loss)
+
+    def _random(self, size: tuple[int, int]) -> dict[str, Any]:
+        frozen = self.optimizer is None and self.backward
+        return random_batch(self.model, size, frozen=frozen) | {"use_cache": False}
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -10,6 +10,7 @@ Shape suffixes: E experts, T tokens, N outputs and K inputs of the product, B bl
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from ..blocks import BlockLayout
 from .linear import kept_input, wants_columns
 from .operations import block_grad, block_matmul_
+from .saved import compressed, restored
 from .swap import run_with_blocks
 
 Gemm = Callable[[Tensor, Tensor], Tensor]
@@ -47,6 +49,7 @@ def grouped_linear(
     gemm: Gemm,
     flipped: bool,
     swap: bool,
+    int8: bool = False,
 ) -> Tensor:
     """`Y[rows] = X[rows] (W[e] + delta[e])^T` for every expert, or `X (W + delta)` when `flipped`.
 
@@ -57,20 +60,24 @@ def grouped_linear(
         layout: of the matrices as stored, one below the other.
         runs: the rows of every expert that has blocks.
         gemm: `(T, K), (E, K, N) -> (T, N)`, the product of each expert's rows with its matrix.
-        swap: as in `block_linear`.
+        swap: as in `block_linear`; `int8` too.
     """
-    return _GroupedLinear.apply(x_TK, weight, delta_Brc, layout, runs, gemm, flipped, swap, torch.is_grad_enabled())
+    keep = torch.is_grad_enabled()
+    return _GroupedLinear.apply(x_TK, weight, delta_Brc, layout, runs, gemm, flipped, swap, keep, int8)
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK, weight, delta_Brc, layout, runs, gemm, flipped, swap, keep):
+    def forward(ctx, x_TK, weight, delta_Brc, layout, runs, gemm, flipped, swap, keep, int8):
         needs_x, needs_delta = keep and ctx.needs_input_grad[0], keep and ctx.needs_input_grad[2]
         ctx.layout, ctx.runs, ctx.gemm, ctx.flipped, ctx.swap = layout, runs, gemm, flipped, swap
         trained = runs if needs_delta else ()
-        kept = [kept_input(x_TK[run.rows], run.layout, wants_columns(run.layout)) for run in trained]
+        inputs = (kept_input(x_TK[run.rows], run.layout, wants_columns(run.layout)) for run in trained)
+        # Of each run its rows, or their codes and scales.
+        kept = [compressed(x, int8, shared=False) for x in inputs]
+        ctx.parts = [len(parts) for parts in kept]
         ctx.delta_like = torch.float64 if x_TK.dtype == torch.float64 else torch.float32, delta_Brc.shape
-        ctx.save_for_backward(*((weight, delta_Brc) if needs_x else (None, None)), *kept)
+        ctx.save_for_backward(*((weight, delta_Brc) if needs_x else (None, None)), *chain.from_iterable(kept))
         return _product(x_TK, weight, delta_Brc, ctx, flipped)
 
     @staticmethod
@@ -83,11 +90,14 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dtype, shape = ctx.delta_like
             d_delta = dy_TN.new_zeros(shape, dtype=dtype)
-            for run, x in zip(ctx.runs, kept, strict=True):
+            parts = iter(kept)
+            for run, number in zip(ctx.runs, ctx.parts, strict=True):
+                x, *scales = islice(parts, number)
+                x = restored(x, scales, run.rows.stop - run.rows.start, dy_TN.dtype)
                 layout = run.layout.packed if wants_columns(run.layout) else run.layout
                 grad = block_grad(dy_TN[run.rows], x, layout)
                 d_delta[run.blocks] = grad.transpose(1, 2) if ctx.flipped else grad
-        return dx_TK, None, d_delta, None, None, None, None, None, None
+        return dx_TK, None, d_delta, None, None, None, None, None, None, None
 
 
 def _product(x, weight, delta_Brc, ctx, flipped) -> Tensor:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..blocks import BlockLayout
 from .operations import block_gather, block_grad, block_matmul_, block_scatter_, swap_linear, swap_matmul
 from .reference import add_rounded, block_product
+from .saved import compressed, restored
 
 # When the blocks touch more than this share of the columns, the input is kept whole: a reference costs nothing while
 # the input is alive anyway, a copy of nearly all of it always does.
@@ -19,7 +20,13 @@ KEEP_WHOLE_SHARE = 0.75
 
 
 def block_linear(
-    x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, delta_Brc: Tensor, layout: BlockLayout, swap: bool
+    x: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    delta_Brc: Tensor,
+    layout: BlockLayout,
+    swap: bool,
+    int8: bool = False,
 ) -> Tensor:
     """A linear layer whose frozen weight carries a trained block-sparse delta.
 
@@ -30,6 +37,7 @@ def block_linear(
         delta_Brc: `(B, r, c)`, any float dtype.
         swap: True writes `round(W + delta)` into the weight for the GEMM and takes it out again, which gives exactly
             what a merged weight gives; False leaves the weight alone and adds the product of the blocks.
+        int8: keeps what the gradient of the blocks needs of `x` in 8 bits, see `saved`.
 
     Returns:
         `(..., N)` in the dtype of the (cast) input.
@@ -38,19 +46,19 @@ def block_linear(
     x_TK, keep = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled()
     # Asked for only where something is kept: a compiler holds its graph to the number of columns that it saw.
     columns_only = keep and wants_columns(layout)
-    y_TN = _BlockLinear.apply(x_TK, weight_NK, bias_N, delta_Brc, layout, swap, keep, columns_only)
+    y_TN = _BlockLinear.apply(x_TK, weight_NK, bias_N, delta_Brc, layout, swap, keep, columns_only, int8)
     return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
 
 
-def block_add(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> Tensor:
-    """`y + X delta^T`, where `y` `(..., N)` is what an opaque base layer made of `x` `(..., K)`.
+def block_add(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLayout, int8: bool = False) -> Tensor:
+    """`y + X delta^T`, where `y` `(..., N)` is what an opaque base layer made of `x` `(..., K)`; `int8` as above.
 
     Returns:
         `(..., N)` in the dtype of `y`; the products are summed in fp32 at least and rounded once.
     """
     y_TN, x_TK = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
     keep = torch.is_grad_enabled()
-    return _BlockAdd.apply(y_TN, x_TK, delta_Brc, layout, keep, keep and wants_columns(layout)).view(y.shape)
+    return _BlockAdd.apply(y_TN, x_TK, delta_Brc, layout, keep, keep and wants_columns(layout), int8).view(y.shape)
 
 
 def block_add_traceable(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLayout) -> Tensor:
@@ -61,14 +69,15 @@ def block_add_traceable(y: Tensor, x: Tensor, delta_Brc: Tensor, layout: BlockLa
 
 class _BlockLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK, weight_NK, bias_N, delta_Brc, layout, swap, keep, columns_only):
+    def forward(ctx, x_TK, weight_NK, bias_N, delta_Brc, layout, swap, keep, columns_only, int8):
         # `needs_input_grad` speaks of the inputs alone; `keep` is False where no graph is recorded.
         needs_x, needs_delta = keep and ctx.needs_input_grad[0], keep and ctx.needs_input_grad[3]
         ctx.layout, ctx.swap, ctx.columns_only = layout, swap, columns_only
         kept = kept_input(x_TK, layout, columns_only) if needs_delta else None
+        kept, *scales = compressed(kept, int8, shared=not columns_only)
         # Saved, not put on ctx: an optimizer step between forward and backward is noticed, and hooks that move or
         # recompute saved tensors see them.
-        ctx.save_for_backward(kept, *((weight_NK, delta_Brc) if needs_x else (None, None)))
+        ctx.save_for_backward(kept, *((weight_NK, delta_Brc) if needs_x else (None, None)), *scales)
         with without_autocast(x_TK):
             bias_N = None if bias_N is None else bias_N.to(x_TK.dtype)
             if not swap:
@@ -81,7 +90,7 @@ class _BlockLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TN):
-        kept, weight_NK, delta_Brc = ctx.saved_tensors
+        kept, weight_NK, delta_Brc, *scales = ctx.saved_tensors
         layout = ctx.layout
         dx_TK = d_delta = None
         with without_autocast(dy_TN):
@@ -94,17 +103,19 @@ class _BlockLinear(torch.autograd.Function):
                     dx_TK = dy_TN @ weight_NK.to(dy_TN.dtype)
                     block_matmul_(dx_TK, dy_TN, delta_Brc, layout, transposed=True)
             if ctx.needs_input_grad[3]:
+                kept = restored(kept, scales, len(dy_TN), dy_TN.dtype)
                 d_delta = block_grad(dy_TN, kept, layout.packed if ctx.columns_only else layout)
-        return dx_TK, None, None, d_delta, None, None, None, None
+        return dx_TK, None, None, d_delta, None, None, None, None, None
 
 
 class _BlockAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_TN, x_TK, delta_Brc, layout, keep, columns_only):
+    def forward(ctx, y_TN, x_TK, delta_Brc, layout, keep, columns_only, int8):
         needs_x, needs_delta = keep and ctx.needs_input_grad[1], keep and ctx.needs_input_grad[2]
         ctx.layout, ctx.columns_only = layout, columns_only
         kept = kept_input(x_TK, layout, columns_only) if needs_delta else None
-        ctx.save_for_backward(kept, delta_Brc if needs_x else None)
+        kept, *scales = compressed(kept, int8, shared=not columns_only)
+        ctx.save_for_backward(kept, delta_Brc if needs_x else None, *scales)
         ctx.x_dtype = x_TK.dtype
         with without_autocast(x_TK):
             return block_matmul_(y_TN.clone(), x_TK, delta_Brc, layout)
@@ -112,15 +123,16 @@ class _BlockAdd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TN):
-        kept, delta_Brc = ctx.saved_tensors
+        kept, delta_Brc, *scales = ctx.saved_tensors
         dx_TK = d_delta = None
         with without_autocast(dy_TN):
             if ctx.needs_input_grad[1]:
                 product = block_product(dy_TN, delta_Brc.transpose(1, 2), ctx.layout.transposed)
                 dx_TK = product.to(ctx.x_dtype)
             if ctx.needs_input_grad[2]:
+                kept = restored(kept, scales, len(dy_TN), ctx.x_dtype)
                 d_delta = block_grad(dy_TN, kept, ctx.layout.packed if ctx.columns_only else ctx.layout)
-        return dy_TN, dx_TK, d_delta, None, None, None
+        return dy_TN, dx_TK, d_delta, None, None, None, None
 
 
 def wants_columns(layout: BlockLayout) -> bool:

@@ -87,7 +87,7 @@ class _BlockRowsAdd(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, ids_T, _, ctx.layout, ctx.padding_idx, ctx.scale_grad_by_freq = inputs
-        ctx.save_for_backward(ids_T)
+        ctx.save_for_backward(ids_T if ctx.needs_input_grad[2] else None)
 
     @staticmethod
     def backward(ctx, dy_TK):

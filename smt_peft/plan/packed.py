@@ -120,5 +120,5 @@ class _Overlay:
 
     def __call__(self, x: Tensor) -> Tensor:
         base, blocks = self.layer.get_base_layer(), self.layer.smt_blocks[self.layer.active_adapters[0]]
-        y = ops.block_overlay(x, base.dequantise, base.bias, blocks.weight, blocks.layout())
+        y = ops.block_overlay(x, base.dequantise, base.bias, blocks.weight, blocks.layout(), blocks.int8)
         return self.layer.add_low_rank(y, x, self.layer.active_adapters)

@@ -12,6 +12,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from .schedule import Schedule
 
 FILE = "schedules.pt"
+#: Each of these decides which modules train; two would undo each other's choice.
+DECIDING = ("layer_sampling", "freezing")
 
 
 class ScheduleCallback(TrainerCallback):
@@ -21,15 +23,16 @@ class ScheduleCallback(TrainerCallback):
         schedules: each of another kind.
 
     Raises:
-        ValueError: no schedule, or two of a kind; from `train`: a schedule cannot run on the model, the training is
-            sharded or distributed in a way that wants a gradient of every parameter, or the checkpoint that is resumed
-            from was saved without these schedules.
+        ValueError: no schedule, two of a kind, or two that both decide what trains; from `train`: a schedule cannot run
+            on the model, the training is sharded or distributed in a way that wants a gradient of every parameter, or
+            the checkpoint that is resumed from was saved without these schedules.
     """
 
     def __init__(self, *schedules: Schedule):
         names = [schedule.name for schedule in schedules]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"ScheduleCallback takes one or more schedules, each of another kind, got {names}")
+        check_together(names)
         self.schedules = schedules
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -76,6 +79,13 @@ class ScheduleCallback(TrainerCallback):
                 f"{sorted(schedule.name for schedule in self.schedules)}; resume with those, or start anew"
             )
         return saved
+
+
+def check_together(names: Sequence[str]) -> None:
+    """Raise `ValueError` where more than one of these schedules decides what trains."""
+    both = [name for name in names if name in DECIDING]
+    if len(both) > 1:
+        raise ValueError(f"{' and '.join(both)} both decide which modules train; leave one of them out")
 
 
 def check_engine(args: TrainingArguments, names: Sequence[str]) -> None:

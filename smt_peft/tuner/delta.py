@@ -27,15 +27,17 @@ class SMTBlocks(nn.Module):
         grid: the tiling.
         num_blocks: how many.
         looked_up: whether rows of the matrix are looked up, as those of an embedding table.
+        int8: whether the inputs that the gradient needs are kept in 8 bits, see `ops.saved`.
     """
 
     kind, starts_at_zero = "smt_blocks", "weight"
 
-    def __init__(self, name: str, grid: BlockGrid, num_blocks: int, looked_up: bool = False):
+    def __init__(self, name: str, grid: BlockGrid, num_blocks: int, looked_up: bool = False, int8: bool = False):
         super().__init__()
         self.name = name
         self.grid = grid
         self.looked_up = looked_up
+        self.int8 = int8
         self.weight = nn.Parameter(torch.zeros(num_blocks, *grid.block_shape))
         self.register_buffer("index", torch.zeros(num_blocks, 2, dtype=torch.int32))
         self._layout: tuple[tuple, BlockLayout] | None = None
@@ -69,8 +71,9 @@ class SMTBlocks(nn.Module):
                 "with FSDP2 or ZeRO-3, or leave this module out of the parallel plan"
             )
         shapes_only = self.index.is_meta and self.sketch is None
-        add = ops.block_add_traceable if is_traced() or shapes_only else ops.block_add
-        return add(y, x, self.weight, self.layout())
+        if is_traced() or shapes_only:
+            return ops.block_add_traceable(y, x, self.weight, self.layout())
+        return ops.block_add(y, x, self.weight, self.layout(), self.int8)
 
     def layout(self) -> BlockLayout:
         """The layout of the current index, checked whenever it has changed, so that no operation meets a bad one.

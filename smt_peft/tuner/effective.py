@@ -66,6 +66,21 @@ def _count(layer: SMTLayer, adapter: str) -> Effective:
     return Effective(dtype, layout.effective_numel, *both.tolist())
 
 
+@torch.no_grad()
+def covered_weights(layer: SMTLayer, adapter: str) -> Tensor:
+    """The weights of the base that an adapter's blocks stand on, `(num_blocks, rows, cols)`; padding is zero.
+
+    Raises:
+        ValueError: they cannot be read where they are; names the module.
+    """
+    blocks = layer.smt_blocks[adapter]
+    with present(layer.get_base_layer()), present(blocks):
+        try:
+            return ops.block_gather(_readable_weight(layer), blocks.layout())
+        except ValueError as error:
+            raise ValueError(f"{layer.smt_name}: the weights under its blocks cannot be read: {error}") from error
+
+
 def _readable_weight(layer: SMTLayer) -> Tensor:
     stored = layer.stored_weight()
     if is_dtensor(stored):

@@ -212,7 +212,9 @@ def _widened(blocks: SMTBlocks, count: int) -> SMTBlocks:
     free = free.nonzero().squeeze(1)
     # Evenly spread, as chosen blocks are.
     spare = free[torch.linspace(0, len(free) - 1, count - len(held), device=free.device).round().long()]
-    wide = SMTBlocks(blocks.name, grid, count, blocks.looked_up).to(blocks.weight.device, blocks.weight.dtype)
+    wide = SMTBlocks(blocks.name, grid, count, blocks.looked_up, blocks.int8).to(
+        blocks.weight.device, blocks.weight.dtype
+    )
     weight, index = _sorted(grid, held, blocks.weight.detach(), spare)
     with torch.no_grad():
         wide.index.copy_(index)

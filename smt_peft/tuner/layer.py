@@ -88,7 +88,8 @@ class SMTLayer(BaseTunerLayer):
         self.check_forward(config.forward)
         self.check_grid(grid)
         self._check_low_rank(config.lora_rank)
-        blocks = SMTBlocks(self.smt_name, grid, num_blocks, self.looked_up)
+        int8 = config.saved_activations == "int8"
+        blocks = SMTBlocks(self.smt_name, grid, num_blocks, self.looked_up, int8)
         # Whole, also where DeepSpeed has partitioned it at birth.
         with torch.no_grad(), present(blocks, modify=True):
             blocks.place(index)

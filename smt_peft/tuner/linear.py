@@ -66,7 +66,7 @@ class Linear(HealingModule, SMTLayer):
     def _fused_forward(self, x: Tensor, blocks: SMTBlocks, swap: bool) -> Tensor:
         self._told = "swap" if swap else "additive"
         bias = self.get_base_layer().bias
-        return ops.block_linear(x, self.weight_view(), bias, blocks.weight, blocks.layout(), swap)
+        return ops.block_linear(x, self.weight_view(), bias, blocks.weight, blocks.layout(), swap, blocks.int8)
 
     def _opaque_forward(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         self._told = "additive"

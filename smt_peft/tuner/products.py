@@ -25,6 +25,7 @@ class BlockProducts:
 
     def __init__(self, name: str, weight: nn.Parameter, blocks: list[SMTBlocks], swap: bool):
         self.name, self.weight, self.blocks, self.swap = name, weight, blocks, swap
+        self._int8 = any(each.int8 for each in blocks)
         self._open, self._reached, self._unrecorded = False, False, False
         self._dense: dict[bool, Tensor] = {}
 
@@ -68,13 +69,13 @@ class BlockProducts:
         if not parts or self.weight.requires_grad:
             y = F.linear(x, weight_NK, bias)
             for delta_Brc, layout in parts:
-                y = ops.block_add(y, x, delta_Brc, layout)
+                y = ops.block_add(y, x, delta_Brc, layout, self._int8)
             return y
         (delta_Brc, layout), *others = parts
         trained = bias is not None and bias.requires_grad
-        y = ops.block_linear(x, weight_NK, None if trained else bias, delta_Brc, layout, self.swap)
+        y = ops.block_linear(x, weight_NK, None if trained else bias, delta_Brc, layout, self.swap, self._int8)
         for delta_Brc, layout in others:
-            y = ops.block_add(y, x, delta_Brc, layout)
+            y = ops.block_add(y, x, delta_Brc, layout, self._int8)
         return y + bias if trained else y
 
     def _parts(self, expert: int, flipped: bool) -> list[tuple[Tensor, BlockLayout]]:
@@ -104,7 +105,8 @@ class BlockProducts:
                 layout = layout.transposed if flipped else layout
                 runs.append(ops.Run(slice(row, row + rows), slice(block, block + number), layout))
             row, block = row + rows, block + number
-        return ops.grouped_linear(x_TK, weight, blocks.weight, blocks.layout(), runs, gemm, flipped, self.swap)
+        layout, swap = blocks.layout(), self.swap
+        return ops.grouped_linear(x_TK, weight, blocks.weight, layout, runs, gemm, flipped, swap, blocks.int8)
 
     def dense(self, operation: str) -> Tensor:
         self._used()

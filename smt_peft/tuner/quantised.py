@@ -108,7 +108,8 @@ class QuantisedLinear(Linear):
         bias = None if base.bias is None else base.bias.detach()
         cast = self.format.compute_dtype(base, x)
         operand = x if cast is None else x.to(cast)
-        y = ops.block_overlay(operand, partial(self.format.read, base), bias, blocks.weight, blocks.layout())
+        read = partial(self.format.read, base)
+        y = ops.block_overlay(operand, read, bias, blocks.weight, blocks.layout(), blocks.int8)
         return y if cast is None else y.to(x.dtype)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

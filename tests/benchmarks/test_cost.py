@@ -13,7 +13,7 @@ from helpers import assert_no_worse_than_torch, random_layout
 from torch import nn
 
 from benchmarks.cost import __main__ as command
-from benchmarks.cost import fourbit, growth, large, methods, released, result, tables, warmup
+from benchmarks.cost import fourbit, freezing, growth, large, methods, released, result, tables, warmup
 from benchmarks.cost.memory import step_memory, trace
 from benchmarks.cost.methods import Method
 from benchmarks.cost.model import Case
@@ -277,6 +277,24 @@ def test_growth_has_a_frozen_pass_at_every_point(tmp_path, monkeypatch):
     head, rows = tables.growth(found, "density", "peak_ratio")
     assert head == ["density", "smt auto", "smt 32", "smt 128", "lora, equal parameters"]
     assert len(rows) == len(growth.DENSITIES) and all(None not in row for row in rows)
+
+
+def test_freezing_and_inputs_in_8_bits_are_measured_over_a_round_of_all_modules(tmp_path):
+    found = run_suite(tmp_path, "freezing")
+    assert found["done"] == ["decoder", "encoder", "images"] and found["settings"]["device"] == "cpu"
+    for kind in found["done"]:
+        rows = {(row["share"], row["saved_activations"]): row for row in found["rows"] if row["point"] == kind}
+        assert set(rows) == {(share, saved) for share in freezing.SHARES for saved in freezing.SAVED}
+        first = rows[0.0, "full"]
+        assert first["ratio"] == first["peak_ratio"] == first["saved_ratio"] == 1
+        assert all(row["seconds"] > 0 and row["peak_bytes"] > row["weights_bytes"] > 0 for row in rows.values())
+        # In bf16 as the model is, of all blocks or of those that train.
+        assert first["gradient_bytes"] == 2 * first["trainable"]
+        assert rows[0.9, "full"]["gradient_bytes"] < 0.5 * first["gradient_bytes"]
+        assert rows[0.0, "int8"]["saved_bytes"] < first["saved_bytes"]
+        assert rows[0.5, "full"]["saved_bytes"] < first["saved_bytes"]
+    head, rows = tables.freezing(found)
+    assert len(rows) == len(found["rows"]) and all(len(row) == len(head) for row in rows)
 
 
 def test_every_axis_of_growth_moves_one_property_of_the_centre():

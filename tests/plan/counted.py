@@ -72,9 +72,11 @@ def rosa_config() -> SMTConfig:
 
 def without_values(model: Model, method: str) -> nn.Module:
     base = methods.empty(model.build)
+    eight = smt_config(DENSITY, saved_activations="int8")
     put_on: dict[str, Callable[[], nn.Module]] = {
         "smt": lambda: methods.smt(base, smt_config(DENSITY), methods.assumed_selection(base, smt_config(DENSITY))),
         "rosa": lambda: methods.smt(base, rosa_config(), methods.assumed_selection(base, rosa_config())),
+        "smt, int8": lambda: methods.smt(base, eight, methods.assumed_selection(base, eight)),
         "lora": lambda: methods.lora(base, lora_config(False)),
         "dora": lambda: methods.lora(base, lora_config(True)),
         "full": lambda: methods.full(base),

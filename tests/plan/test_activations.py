@@ -20,6 +20,7 @@ from smt_peft.plan.warmup import warm_up
 MEASURED: dict[str, Callable[[], Method]] = {
     "smt": lambda: methods.smt(DENSITY),
     "rosa": lambda: methods.smt(DENSITY, lora_rank=RANK),
+    "smt, int8": lambda: methods.smt(DENSITY, saved_activations="int8"),
     "lora": lambda: methods.lora(RANK),
     "dora": lambda: methods.lora(RANK, use_dora=True),
     "full": methods.full,

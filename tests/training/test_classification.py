@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,11 @@ def test_a_label_that_the_training_set_lacks_is_named_with_its_line(reviews, cap
 def test_what_cannot_be_is_refused_by_name(reviews, capsys, changed, message):
     assert cli.main(["train", "--dry-run", str(reviews.write("refused", **changed))]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_encoder_with_most_modules_frozen_learns_and_resumes(reviews, tmp_path):
+    """The preset of SlimFit, a method for encoders: modules that change least rest, activations in 8 bits."""
+    assert_resumed_alike(replace(reviews, directory=tmp_path), preset="slimfit")
+    metrics = train(load_run(reviews.write("slim", preset="slimfit", max_steps=30)))
+    assert metrics["after"]["eval_loss"] < metrics["before"]["eval_loss"]
+    assert metrics["after"]["accuracy"] > 0.6

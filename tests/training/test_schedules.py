@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 from runs import assert_resumed_alike
 
-from smt_peft.schedules import LayerSampling
+from smt_peft.schedules import Freezing, LayerSampling
 from smt_peft.training.errors import ConfigError
 from smt_peft.training.yaml.schema import load_run
 
 #: Settings of each by which something changes before and after the checkpoint of step 4.
 BLOCKS = {
     "layer_sampling": {"layers": 1, "every": 3, "moments": "move"},
+    # The checkpoint falls into an interval.
+    "freezing": {"share": 0.7, "every": 3},
 }
 
 
@@ -46,4 +48,17 @@ def test_an_empty_block_takes_the_defaults_and_null_leaves_it_out(workshop):
 def test_what_is_wrong_in_a_block_is_said_with_its_line(workshop, block, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_run(workshop.write("wrong", layer_sampling=block))
+    assert "line" in str(caught.value)
+
+
+def test_what_is_wrong_in_freezing_is_said_with_its_line(workshop):
+    with pytest.raises(ConfigError, match="freezing.share: share must be above 0 and at most 0.95") as caught:
+        load_run(workshop.write("wrong", freezing={"share": 0.97}))
+    assert "line" in str(caught.value)
+    assert load_run(workshop.write("unbounded", freezing={"rest": None})).schedules == (Freezing(rest=None),)
+
+
+def test_two_blocks_that_both_decide_what_trains_are_refused_with_a_line(workshop):
+    with pytest.raises(ConfigError, match="layer_sampling and freezing both decide which modules train") as caught:
+        load_run(workshop.write("both", freezing={}, layer_sampling={"layers": 1}))
     assert "line" in str(caught.value)

@@ -72,6 +72,7 @@ def test_our_own_keys_are_these():
             "avoid",
             "selection",
             "forward",
+            "saved_activations",
             "init_weights",
             "modules_to_save",
             "layers_to_transform",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from ...agreement import disagreements
 from ...blocks import BlockSelection
 from ...config import SMTConfig
+from ...schedules.callback import check_together
 from ...selection.avoid import check_avoided
 from ..data.source import file_errors, mixture_errors
 from .keys import AUTO, MEZO, OWN_OPTIMIZERS, TASK_FORMS, TRAINER_OPTIMIZERS, RunConfig
@@ -113,6 +114,14 @@ def check_quantisation(good: Mapping[str, Any], errors: Errors) -> None:
     for key, default in (("bnb_4bit_quant_type", "nf4"), ("bnb_4bit_use_double_quant", False)):
         if good.get(key, default) != default and "load_in_4bit" not in asked:
             errors.add(key, f"{key} has no effect without load_in_4bit: true; set that, or leave the key out")
+
+
+def check_schedules(given: Sequence[str], errors: Errors) -> None:
+    """What is wrong with these schedules, named as in a YAML, being in one run."""
+    try:
+        check_together(given)
+    except ValueError as error:
+        errors.add(given[-1], str(error))
 
 
 def check_files(task: str, good: Mapping[str, Any], errors: Errors) -> None:

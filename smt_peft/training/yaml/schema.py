@@ -22,7 +22,15 @@ from ...config import SMTConfig
 from ...schedules import SCHEDULES, Schedule
 from ..tell import tell
 from .aliases import ALIASES, REFUSED, translate
-from .checks import check_files, check_mezo, check_optim, check_presence, check_quantisation, check_task
+from .checks import (
+    check_files,
+    check_mezo,
+    check_optim,
+    check_presence,
+    check_quantisation,
+    check_schedules,
+    check_task,
+)
 from .keys import (
     AUTO,
     BLOCKS,
@@ -98,6 +106,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     schedules = [
         _build(lambda given, kind=SCHEDULES[name]: kind(**given), blocks[name], name, errors) for name in given
     ]
+    check_schedules(given, errors)
     check_optim(trainer, errors)
     check_mezo(good, smt is not None and smt.needs_data and warmup.selection == AUTO, given, errors)
     forward_only = trainer.get("optim") == MEZO

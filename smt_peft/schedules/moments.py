@@ -98,10 +98,11 @@ def _taken(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _given(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    # From pinned memory without waiting: PyTorch does not reuse that before the copy is done.
-    return {
-        key: _mapped(lambda tensor: tensor.to(device, non_blocking=True), value) for key, value in state["moved"].items()
-    } | state["left"]
+    def to_device(tensor: Tensor) -> Tensor:
+        # From pinned memory without waiting: PyTorch does not reuse that before the copy is done.
+        return tensor.to(device, non_blocking=True)
+
+    return {key: _mapped(to_device, value) for key, value in state["moved"].items()} | state["left"]
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:

@@ -27,10 +27,10 @@ class LayerSampling(Schedule):
     Args:
         layers: how many layers train at a time.
         every: updates until others do.
-        order: `"draw"`: every period draws its layers anew, whatever came before (LISA, Algorithm 1); `"shuffle"`: every
-            round goes through all layers once, in an order of its own (BAdam, Algorithm 1, random reshuffling), the
-            last period of a round with those that are left; `"ascending"`, `"descending"`: every round from the input
-            up, or from the output down (BAdam's other modes); `"fixed"`: those of the first draw, to compare with.
+        order: `"draw"`: every period draws its layers, whatever came before (LISA, Algorithm 1); `"shuffle"`: every
+            round goes through all layers once, in an order of its own (BAdam, Algorithm 1), the last period of a round
+            with those that are left; `"ascending"`, `"descending"`: every round from the input up, or from the output
+            down (BAdam's other modes); `"fixed"`: those of the first draw, to compare with.
         moments: of layers that rest: `"drop"` them, so that every period begins with fresh moments in all layers, as
             both papers do; or `"move"` them to the memory of the CPU, and go on from there. Of what always trains they
             stay as they are.

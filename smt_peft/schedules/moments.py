@@ -59,9 +59,10 @@ class Moments:
             if state := self._resting.pop(name, None):
                 self.optimizer.state[parameter] = _given(state, parameter.device)
 
-    def forget(self) -> None:
-        """What is away stays away: parameters that train again start afresh."""
-        self._resting.clear()
+    def release(self) -> None:
+        """Let go of the optimizer, and of what was moved away."""
+        self.optimizer = None
+        self._resting = {}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """What was moved away, by name."""

@@ -23,13 +23,15 @@ from smt_peft.plan.table import table
 from smt_peft.schedules import LayerSampling
 from smt_peft.training.yaml.schema import load_run
 
-LOWEST = LayerSampling(layers=1, every=1, order="ascending")
+
+def lowest() -> LayerSampling:
+    return LayerSampling(layers=1, every=1, order="ascending")
 
 
 def measured(model: Model) -> dict:
     def start(note):
         training = methods.smt(DENSITY).started(model.build, note)
-        LOWEST.begin(training.model, training.optimizer, 1)
+        lowest().begin(training.model, training.optimizer, 1)
         return training
 
     return step_memory(start, SIZE)
@@ -41,7 +43,7 @@ def test_a_step_in_which_layers_rest_is_counted_to_the_byte(checkpointing):
     sized = empty(model.build)
     selection = assumed_selection(sized, smt_config(DENSITY))
     sized = smt(sized, smt_config(DENSITY), selection)
-    Turn(LOWEST).settle(sized, selection)
+    Turn(lowest()).settle(sized, selection)
     own = optimizer("adamw_torch")
     counted = step(
         sized,

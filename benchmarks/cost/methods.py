@@ -14,6 +14,7 @@ from torch import nn
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.bases.targets import find_targets
 from smt_peft.optim import MeZO, SMTAdamW
+from smt_peft.schedules import LayerSampling, Schedule
 from smt_peft.tuner.padding import padding_masks
 
 from . import released
@@ -31,6 +32,7 @@ class Method:
         put_on: takes the frozen model and returns it with something to train in it.
         optimizer: takes the trainable parameters; None: nothing is trained, and a step is the frozen pass.
         autocast: whether the pass runs under bf16 autocast.
+        schedule: makes what decides which layers train; begun before the first step, and never asked again.
         build: makes the frozen model where it is not the one of all others.
         backward: whether there is a backward pass; else the optimizer, if there is one, is `MeZO`.
     """
@@ -40,6 +42,7 @@ class Method:
     autocast: bool = False
     build: Callable[[], nn.Module] | None = None
     backward: bool = True
+    schedule: Callable[[], Schedule] | None = None
 
     def on(self, base: nn.Module) -> Training:
         model = self.put_on(base).train()
@@ -50,7 +53,10 @@ class Method:
             return Training(model, self.optimizer(trained, masks=padding_masks(model)), self.autocast, backward=False)
         # Parameters of a GPU: one fused kernel instead of several.
         fused = {"fused": True} if self.optimizer is torch.optim.AdamW and trained[0].is_cuda else {}
-        return Training(model, self.optimizer(trained, lr=1e-4, **fused), self.autocast)
+        optimizer = self.optimizer(trained, lr=1e-4, **fused)
+        if self.schedule is not None:
+            self.schedule().begin(model, optimizer, 1)
+        return Training(model, optimizer, self.autocast)
 
     def started(self, build: Callable[[], nn.Module], note: Note = lambda phase: None) -> Training:
         """On a model that is built for it; `note("method")` is called in between."""
@@ -167,6 +173,21 @@ def channels(case: Case, coupled: str) -> Method:
     found = find_targets(base, smt_config(0.01, case.targets, **settings)).values()
     share = targeted(base, case.targets) / sum(math.prod(target.shape) for target in found)
     return smt(min(1.0, case.density * share), case.targets, **settings)
+
+
+def in_turn(case: Case) -> dict[str, Method]:
+    """One layer at a time: a step while the lowest of them trains, which takes most, and one while the highest does."""
+    matched = smt(case.density, case.targets)
+
+    def training(order: str) -> Method:
+        return replace(matched, schedule=lambda: LayerSampling(layers=1, order=order))
+
+    return {
+        "frozen": frozen(),
+        "smt matched": matched,
+        "layers in turn, the lowest": training("ascending"),
+        "layers in turn, the highest": training("descending"),
+    }
 
 
 def large_blocks(case: Case) -> dict[str, int | str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from .schedule import Schedule
 
 FILE = "schedules.pt"
-#: Each of these decides which modules train; two would undo each other's choice.
-DECIDING = ("layer_sampling", "freezing")
 
 
 class ScheduleCallback(TrainerCallback):
@@ -32,8 +31,9 @@ class ScheduleCallback(TrainerCallback):
         names = [schedule.name for schedule in schedules]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"ScheduleCallback takes one or more schedules, each of another kind, got {names}")
-        check_together(names)
-        self.schedules = schedules
+        check_together(schedules)
+        # Those that let blocks rest come last, so that the others begin with all of them.
+        self.schedules = sorted(schedules, key=lambda schedule: schedule.decides_what_trains)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         check_engine(args, [schedule.name for schedule in self.schedules])
@@ -51,8 +51,9 @@ class ScheduleCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = _checkpoint(args, state)
-        # A trainer that publishes whole checkpoints has asked for the file before.
-        if args.should_save and not (checkpoint / FILE).exists():
+        # A trainer that publishes whole checkpoints has asked for the file before; one that searches for settings saves
+        # in directories of its own, from which nothing is resumed.
+        if args.should_save and checkpoint.is_dir() and not (checkpoint / FILE).exists():
             self.save(checkpoint)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -70,7 +71,8 @@ class ScheduleCallback(TrainerCallback):
         checkpoint = Path(named) if isinstance(named, str) else _checkpoint(args, state)
         if not (checkpoint / FILE).is_file():
             raise ValueError(
-                f"{checkpoint} has no {FILE}, so it was saved without a schedule; resume without one, or start anew"
+                f"{checkpoint} has no {FILE}, so it was saved without a schedule; resume without one or start anew, or "
+                "name the checkpoint that was meant in TrainingArguments(resume_from_checkpoint=...) as well"
             )
         saved = torch.load(checkpoint / FILE, weights_only=True, map_location="cpu")
         if saved.keys() != {schedule.name for schedule in self.schedules}:
@@ -81,17 +83,20 @@ class ScheduleCallback(TrainerCallback):
         return saved
 
 
-def check_together(names: Sequence[str]) -> None:
-    """Raise `ValueError` where more than one of these schedules decides what trains."""
-    both = [name for name in names if name in DECIDING]
-    if len(both) > 1:
-        raise ValueError(f"{' and '.join(both)} both decide which modules train; leave one of them out")
+def check_together(schedules: Sequence[Schedule]) -> None:
+    """Raise `ValueError` where two schedules both decide what trains."""
+    deciding = [schedule.name for schedule in schedules if schedule.decides_what_trains]
+    if len(deciding) > 1:
+        raise ValueError(f"{' and '.join(deciding)} both decide which blocks train; leave one of them out")
 
 
 def check_engine(args: TrainingArguments, names: Sequence[str]) -> None:
     """Raise `ValueError` where an engine holds every parameter to the gradient that it had at the start."""
-    engine = "DeepSpeed" if getattr(args, "deepspeed", None) else "FSDP" if getattr(args, "fsdp", None) else None
-    if engine:
+    engines = {
+        "DeepSpeed": getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
+        "FSDP": getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP") == "true",
+    }
+    if engine := next((engine for engine, used in engines.items() if used), None):
         raise ValueError(f"{names[0]} changes what trains, which {engine} does not follow; leave one of them out")
     if args.world_size > 1 and not args.ddp_find_unused_parameters:
         raise ValueError(

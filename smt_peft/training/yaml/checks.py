@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ...agreement import disagreements
 from ...blocks import BlockSelection
 from ...config import SMTConfig
-from ...schedules.callback import check_together
+from ...schedules import LayerSampling, Schedule
+from ...schedules.callback import check_engine, check_together
 from ...selection.avoid import check_avoided
 from ..data.source import file_errors, mixture_errors
 from .keys import AUTO, MEZO, OWN_OPTIMIZERS, TASK_FORMS, TRAINER_OPTIMIZERS, RunConfig
@@ -114,14 +117,6 @@ def check_quantisation(good: Mapping[str, Any], errors: Errors) -> None:
     for key, default in (("bnb_4bit_quant_type", "nf4"), ("bnb_4bit_use_double_quant", False)):
         if good.get(key, default) != default and "load_in_4bit" not in asked:
             errors.add(key, f"{key} has no effect without load_in_4bit: true; set that, or leave the key out")
-
-
-def check_schedules(given: Sequence[str], errors: Errors) -> None:
-    """What is wrong with these schedules, named as in a YAML, being in one run."""
-    try:
-        check_together(given)
-    except ValueError as error:
-        errors.add(given[-1], str(error))
 
 
 def check_files(task: str, good: Mapping[str, Any], errors: Errors) -> None:
@@ -244,3 +239,33 @@ def check_mezo(good: Mapping[str, Any], chooses_by_gradients: bool, schedules: I
         errors.add("mezo_eps", f"mezo_eps must be a finite number above 0, got {eps}")
     if isinstance(samples := good.get("mezo_samples"), int) and samples < 1:
         errors.add("mezo_samples", f"mezo_samples must be at least 1, got {samples}")
+
+
+# Of transformers' optimizers: the pages of some are never given back, others update in backward and hold no blocks.
+_WITHOUT_REST = ("paged_", "lomo", "adalomo")
+
+
+def check_schedules(schedules: Sequence[Schedule], trainer: Mapping[str, Any], errors: Errors) -> None:
+    """What schedules cannot run with, said before anything is loaded."""
+    if not schedules:
+        return
+    names = [schedule.name for schedule in schedules]
+    processes = {"world_size": int(os.environ.get("WORLD_SIZE", "1"))}
+    engine = {key: trainer.get(key) for key in ("deepspeed", "fsdp", "ddp_find_unused_parameters")}
+    for check in (
+        lambda: check_together(schedules),
+        lambda: check_engine(SimpleNamespace(**processes | engine), names),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            errors.add(names[0], str(error))
+    optim = str(trainer.get("optim"))
+    if any(isinstance(schedule, LayerSampling) for schedule in schedules) and (
+        optim.startswith(_WITHOUT_REST) or optim.endswith("_layerwise")
+    ):
+        errors.add(
+            "optim",
+            f"optim: {optim} cannot give up the state of layers that rest; leave layer_sampling out, or "
+            "take another, as smt_adamw_8bit",
+        )

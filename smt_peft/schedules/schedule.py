@@ -58,6 +58,14 @@ class Schedule(ABC):
     def end(self) -> None:  # noqa: B027
         """After the last update: everything that was set aside for the training alone is put back."""
 
+    def finish(self, model: nn.Module, state: dict[str, Any]) -> None:  # noqa: B027
+        """Bring a model, loaded from the checkpoint of the last update, to where `end` would leave it.
+
+        Args:
+            model: with the checkpoint's adapter.
+            state: what `state_dict` returned.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """What going on takes besides the model and the optimizer: tensors and plain data."""
         return {}

@@ -122,6 +122,8 @@ class SMTLayer(BaseTunerLayer):
         """The adapter's delta as a dense matrix of the shape and on the device of the base weight, fp32."""
         blocks = self.smt_blocks[adapter]
         delta = ops.dense(blocks.weight.detach(), blocks.layout())
+        if blocks.retired is not None:
+            delta += ops.dense(blocks.retired.weight, blocks.retired.layout())
         return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -161,6 +163,11 @@ class SMTLayer(BaseTunerLayer):
         for adapter in names:
             # Refuses an impossible index.
             self.smt_blocks[adapter].layout()
+            if self.smt_blocks[adapter].retired is not None:
+                raise ValueError(
+                    f"{self.smt_name}: blocks that a schedule has retired would be left out; merge after the training, "
+                    "once the schedule's end() was called"
+                )
         for adapter in names if safe_merge else ():
             if not bool(torch.isfinite(self._merged_blocks(adapter)[1]).all()):
                 raise ValueError(

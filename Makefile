@@ -46,7 +46,7 @@ demo: $(KERNELS)
 	$(BIN)/smt train configs/quickstart.yaml
 
 test: $(KERNELS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/engines
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --ignore=tests/engines
 
 # What `make test` skips: bitsandbytes, torchao and HQQ on the CPU.
 quantised: $(KERNELS) $(QUANTISED)

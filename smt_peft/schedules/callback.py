@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,18 @@ class ScheduleCallback(TrainerCallback):
         schedules: each of another kind.
 
     Raises:
-        ValueError: no schedule, or two of a kind; from `train`: a schedule cannot run on the model, the training is
-            sharded or distributed in a way that wants a gradient of every parameter, or the checkpoint that is resumed
-            from was saved without these schedules.
+        ValueError: no schedule, two of a kind, or two that decide what trains; from `train`: a schedule cannot run on
+            the model, the training is sharded or distributed in a way that wants a gradient of every parameter, or the
+            checkpoint that is resumed from was saved without these schedules.
     """
 
     def __init__(self, *schedules: Schedule):
         names = [schedule.name for schedule in schedules]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"ScheduleCallback takes one or more schedules, each of another kind, got {names}")
-        self.schedules = schedules
+        check_together(schedules)
+        # Those that let blocks rest come last, so that the others begin with all of them.
+        self.schedules = sorted(schedules, key=lambda schedule: schedule.decides_what_trains)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         check_engine(args, [schedule.name for schedule in self.schedules])
@@ -48,8 +51,9 @@ class ScheduleCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = _checkpoint(args, state)
-        # A trainer that publishes whole checkpoints has asked for the file before.
-        if args.should_save and not (checkpoint / FILE).exists():
+        # A trainer that publishes whole checkpoints has asked for the file before; one that searches for settings saves
+        # in directories of its own, from which nothing is resumed.
+        if args.should_save and checkpoint.is_dir() and not (checkpoint / FILE).exists():
             self.save(checkpoint)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -67,7 +71,8 @@ class ScheduleCallback(TrainerCallback):
         checkpoint = Path(named) if isinstance(named, str) else _checkpoint(args, state)
         if not (checkpoint / FILE).is_file():
             raise ValueError(
-                f"{checkpoint} has no {FILE}, so it was saved without a schedule; resume without one, or start anew"
+                f"{checkpoint} has no {FILE}, so it was saved without a schedule; resume without one, start anew, or, if "
+                "another checkpoint was meant, name it in TrainingArguments(resume_from_checkpoint=...) as well"
             )
         saved = torch.load(checkpoint / FILE, weights_only=True, map_location="cpu")
         if saved.keys() != {schedule.name for schedule in self.schedules}:
@@ -78,10 +83,20 @@ class ScheduleCallback(TrainerCallback):
         return saved
 
 
+def check_together(schedules: Sequence[Schedule]) -> None:
+    """Raise `ValueError` where two schedules both decide what trains."""
+    deciding = [schedule.name for schedule in schedules if schedule.decides_what_trains]
+    if len(deciding) > 1:
+        raise ValueError(f"{' and '.join(deciding)} both decide which blocks train; leave one of them out")
+
+
 def check_engine(args: TrainingArguments, names: Sequence[str]) -> None:
     """Raise `ValueError` where an engine holds every parameter to the gradient that it had at the start."""
-    engine = "DeepSpeed" if getattr(args, "deepspeed", None) else "FSDP" if getattr(args, "fsdp", None) else None
-    if engine:
+    engines = {
+        "DeepSpeed": getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
+        "FSDP": getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP") == "true",
+    }
+    if engine := next((engine for engine, used in engines.items() if used), None):
         raise ValueError(f"{names[0]} changes what trains, which {engine} does not follow; leave one of them out")
     if args.world_size > 1 and not args.ddp_find_unused_parameters:
         raise ValueError(

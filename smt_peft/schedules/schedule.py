@@ -28,6 +28,8 @@ class Schedule(ABC):
 
     #: Of its block in a YAML, and in a checkpoint.
     name: ClassVar[str]
+    #: Whether it lets blocks rest and train again; of two that do, neither would know what the other has decided.
+    decides_what_trains: ClassVar[bool] = False
 
     @abstractmethod
     def begin(
@@ -41,7 +43,7 @@ class Schedule(ABC):
 
         Args:
             model: with one SMT adapter that trains.
-            optimizer: of its parameters; made while all of them required a gradient.
+            optimizer: of its parameters; made while all of them required a gradient, which they still do.
             total_steps: updates of the whole training.
             state: what `state_dict` returned, to go on from there.
 
@@ -56,7 +58,7 @@ class Schedule(ABC):
         """Update `step` is done, and the gradients are cleared."""
 
     def end(self) -> None:  # noqa: B027
-        """After the last update: everything that was set aside for the training alone is put back."""
+        """After the last update: what was changed in the model for the training alone is put back."""
 
     def finish(self, model: nn.Module, state: dict[str, Any]) -> None:  # noqa: B027
         """Bring a model, loaded from the checkpoint of the last update, to where `end` would leave it.

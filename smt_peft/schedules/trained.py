@@ -11,38 +11,59 @@ from ..tuner.layer import SMTLayer
 
 
 def trained_blocks(model: nn.Module) -> dict[str, SMTBlocks]:
-    """The blocks that train, by the name of their module in the base model, in the model's order.
+    """The blocks of the adapter that trains, by the name of their module in the base model, in the model's order.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no adapter trains, or several do, or one of which some blocks are frozen.
     """
-    found = {
-        layer.smt_name: blocks
-        for layer in model.modules()
-        if isinstance(layer, SMTLayer)
-        for blocks in layer.smt_blocks.values()
-        if blocks.weight.requires_grad
-    }
-    if not found:
+    adapters: dict[str, dict[str, SMTBlocks]] = {}
+    for layer in model.modules():
+        if isinstance(layer, SMTLayer):
+            for adapter, blocks in layer.smt_blocks.items():
+                adapters.setdefault(adapter, {})[layer.smt_name] = blocks
+    trained = {name: found for name, found in adapters.items() if any(b.weight.requires_grad for b in found.values())}
+    if not trained:
         raise ValueError(
             "the model has no SMT adapter that trains, so there is nothing to schedule; make one with "
             "get_peft_model(model, SMTConfig(...))"
+        )
+    if len(trained) > 1:
+        raise ValueError(
+            f"the SMT adapters {', '.join(trained)} all train, and a schedule is for one; leave one active with "
+            "model.set_adapter(name)"
+        )
+    [(adapter, found)] = trained.items()
+    frozen = [name for name, blocks in found.items() if not blocks.weight.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"the blocks of {frozen[0]} ({len(frozen)} of the {len(found)} modules of adapter {adapter!r}) require no "
+            "gradient, as after a training that was cut off, and a schedule would leave them so; let them train again "
+            f"with model.set_adapter({adapter!r}), or choose other modules for the adapter"
         )
     return found
 
 
 def by_layer(blocks: Mapping[str, SMTBlocks]) -> dict[str, list[str]]:
-    """The modules of each layer: those with the same path up to its first number, `model.layers.3`.
+    """The modules of each layer: those with the same path up to the number of the layer, `model.layers.3`.
 
-    Modules without a number, as embeddings, belong to no layer and are left out.
+    That is the first number whose path is not the same for all, so that a list around the whole model, as in
+    `0.auto_model.layers.3`, is none of layers. Modules without a number, as embeddings, belong to no layer and are left
+    out.
     """
+    paths = {name: _numbered(name) for name in blocks}
+    paths = {name: path for name, path in paths.items() if path}
+    depth = min(map(len, paths.values()), default=0)
+    first = next((n for n in range(depth) if len({path[n] for path in paths.values()}) > 1), 0)
     layers: dict[str, list[str]] = {}
-    for name in blocks:
-        parts = name.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if number is not None:
-            layers.setdefault(".".join(parts[: number + 1]), []).append(name)
+    for name, path in paths.items():
+        layers.setdefault(path[first], []).append(name)
     return layers
+
+
+def _numbered(name: str) -> list[str]:
+    """The paths within a name that end in a number, the shortest first."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
 
 
 def train_only(blocks: Mapping[str, SMTBlocks], names: set[str]) -> None:

@@ -9,12 +9,25 @@ from runs import assert_resumed_alike
 
 from smt_peft.schedules import LayerSampling
 from smt_peft.training.errors import ConfigError
+from smt_peft.training.run import train
 from smt_peft.training.yaml.schema import load_run
 
 #: Settings of each by which something changes before and after the checkpoint of step 4.
 BLOCKS = {
     "layer_sampling": {"layers": 1, "every": 3, "moments": "move"},
 }
+
+
+def test_moved_moments_of_8_bits_go_on_from_a_checkpoint(workshop, tmp_path):
+    assert_resumed_alike(
+        replace(workshop, directory=tmp_path), optim="smt_adamw_8bit", layer_sampling=BLOCKS["layer_sampling"]
+    )
+
+
+def test_a_run_that_drops_moments_goes_on_from_a_checkpoint_between_two_periods(workshop, tmp_path):
+    assert_resumed_alike(
+        replace(workshop, directory=tmp_path), layer_sampling={"layers": 1, "every": 4, "order": "shuffle"}
+    )
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -26,7 +39,13 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(workshop, tm
 def test_a_block_reaches_its_schedule_and_the_settings_that_are_saved(workshop):
     run = load_run(workshop.write("blocks", layer_sampling={"layers": 1}), ["layer_sampling.every=7"])
     assert run.schedules == (LayerSampling(layers=1, every=7),)
-    assert run.resolved["layer_sampling"] == {"layers": 1, "every": 7, "moments": "drop", "seed": 0}
+    assert run.resolved["layer_sampling"] == {
+        "layers": 1,
+        "every": 7,
+        "order": "draw",
+        "moments": "drop",
+        "seed": 0,
+    }
 
 
 def test_an_empty_block_takes_the_defaults_and_null_leaves_it_out(workshop):
@@ -40,6 +59,7 @@ def test_an_empty_block_takes_the_defaults_and_null_leaves_it_out(workshop):
         ({"layer": 1}, "unknown key 'layer_sampling.layer'; did you mean 'layer_sampling.layers'"),
         ({"layers": 0}, "layer_sampling.layers: layers must be at least 1, got 0"),
         ({"moments": "burn"}, "layer_sampling.moments must be 'drop' or 'move'"),
+        ({"order": "sideways"}, "layer_sampling.order must be"),
         (2, "layer_sampling is a block of settings"),
     ],
 )
@@ -47,3 +67,41 @@ def test_what_is_wrong_in_a_block_is_said_with_its_line(workshop, block, message
     with pytest.raises(ConfigError, match=message) as caught:
         load_run(workshop.write("wrong", layer_sampling=block))
     assert "line" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "environment", "message"),
+    [
+        ({"fsdp": "full_shard"}, {}, "layer_sampling changes what trains, which FSDP does not follow"),
+        ({"deepspeed": "zero2.json"}, {}, "layer_sampling changes what trains, which DeepSpeed does not follow"),
+        ({}, {"ACCELERATE_USE_FSDP": "true"}, "which FSDP does not follow"),
+        ({}, {"WORLD_SIZE": "2"}, "set ddp_find_unused_parameters: true"),
+        ({"optim": "paged_adamw_8bit"}, {}, "optim: paged_adamw_8bit cannot give up the state of layers that rest"),
+        ({"optim": "lomo"}, {}, "optim: lomo cannot give up"),
+    ],
+)
+def test_what_layers_cannot_take_turns_with_is_said_before_anything_is_loaded(
+    workshop, monkeypatch, changed, environment, message
+):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_run(workshop.write("refused", layer_sampling={"layers": 1}, **changed))
+    assert "line" in str(caught.value)
+
+
+def test_a_run_without_schedules_has_no_callback_of_them(workshop, monkeypatch):
+    def never(*schedules):
+        raise AssertionError("made")
+
+    monkeypatch.setattr("smt_peft.training.run.ScheduleCallback", never)
+    train(load_run(workshop.write("plain"), ["max_steps=1"]))
+
+
+def test_the_moments_that_a_run_reports_are_those_of_the_layers_that_train(workshop):
+    report = {}
+    for name, block in (("whole", None), ("turns", {"layers": 1, "every": 3})):
+        report[name] = train(load_run(workshop.write(name, layer_sampling=block), ["max_steps=2"]))["memory"]
+    # Two layers, which are alike.
+    assert report["whole"]["trained"] == report["turns"]["trained"]
+    assert report["turns"]["moments"] * 2 == report["whole"]["moments"]

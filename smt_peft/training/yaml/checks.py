@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from ...schedules import LayerSampling, Schedule
+from ...schedules.callback import check_engine, check_together
 from ..data.source import file_errors, mixture_errors
 from .keys import AUTO, SMT_OPTIMIZERS, TASK_FORMS, TRAINER_OPTIMIZERS, RunConfig
 from .source import Errors
@@ -148,3 +152,33 @@ def check_optim(trainer: Mapping[str, Any], errors: Errors) -> None:
         errors.add("optim", f"optim: there is no optimizer {name!r}; {hint}")
     elif trainer.get("optim_args"):
         errors.add("optim_args", f"optim_args: {name} takes none, got {trainer['optim_args']!r}; leave the key out")
+
+
+# Of transformers' optimizers: the pages of some are never given back, others update in backward and hold no blocks.
+_WITHOUT_REST = ("paged_", "lomo", "adalomo")
+
+
+def check_schedules(schedules: Sequence[Schedule], trainer: Mapping[str, Any], errors: Errors) -> None:
+    """What schedules cannot run with, said before anything is loaded."""
+    if not schedules:
+        return
+    names = [schedule.name for schedule in schedules]
+    processes = {"world_size": int(os.environ.get("WORLD_SIZE", "1"))}
+    engine = {key: trainer.get(key) for key in ("deepspeed", "fsdp", "ddp_find_unused_parameters")}
+    for check in (
+        lambda: check_together(schedules),
+        lambda: check_engine(SimpleNamespace(**processes | engine), names),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            errors.add(names[0], str(error))
+    optim = str(trainer.get("optim"))
+    if any(isinstance(schedule, LayerSampling) for schedule in schedules) and (
+        optim.startswith(_WITHOUT_REST) or optim.endswith("_layerwise")
+    ):
+        errors.add(
+            "optim",
+            f"optim: {optim} cannot give up the state of layers that rest; leave layer_sampling out, or "
+            "take another, as smt_adamw_8bit",
+        )

@@ -22,7 +22,7 @@ from ...config import SMTConfig
 from ...schedules import SCHEDULES, Schedule
 from ..tell import tell
 from .aliases import ALIASES, REFUSED, translate
-from .checks import check_files, check_optim, check_presence, check_quantisation, check_task
+from .checks import check_files, check_optim, check_presence, check_quantisation, check_schedules, check_task
 from .keys import (
     BLOCKS,
     SMT_OPTIMIZERS,
@@ -94,6 +94,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         _build(lambda given, kind=SCHEDULES[name]: kind(**given), blocks[name], name, errors) for name in given
     ]
     check_optim(trainer, errors)
+    check_schedules([schedule for schedule in schedules if schedule is not None], trainer, errors)
     theirs = {key: value for key, value in trainer.items() if key != "optim" or value in TRAINER_OPTIMIZERS}
     arguments = _build(lambda given: TRAINERS[task](**_with_defaults(given)), theirs, "", errors)
     errors.raise_any()

@@ -68,6 +68,17 @@ class Regrowth(Schedule):
         self._taps: TrainingTaps | None = None
         self._installed = ExitStack()
 
+    def check_arguments(self, args: Any) -> None:
+        if getattr(args, "torch_compile", False):
+            raise ValueError(
+                "regrowth watches layers that torch_compile has compiled without it; leave one of them out"
+            )
+        if self.dropped == "keep" and getattr(args, "load_best_model_at_end", False):
+            raise ValueError(
+                "load_best_model_at_end reads the adapter of a checkpoint, without the blocks that dropped='keep' has "
+                "retired; leave it out, or take dropped='revert'"
+            )
+
     def begin(
         self,
         model: nn.Module,
@@ -81,6 +92,7 @@ class Regrowth(Schedule):
         self._layers = _layers_of(model, self._blocks)
         self._optimizer = _checked(getattr(optimizer, "optimizer", optimizer), self._blocks)
         config = _config_of(model, self._layers, self._blocks)
+        check_movable(config)
         self._spread, self._closed = config.spread, _closed(self._blocks, config)
         self._total, self._replaced = total_steps, 0
         for blocks in self._blocks.values():
@@ -256,20 +268,21 @@ def _checked(optimizer: torch.optim.Optimizer, blocks: dict[str, SMTBlocks]) -> 
     return optimizer
 
 
+def check_movable(config: Any) -> None:
+    """Raise `ValueError` where the blocks that a config chooses belong together in more than one matrix."""
+    if coupled := getattr(config, "coupled", None):
+        raise ValueError(
+            f"coupled={coupled!r} chooses channels that several matrices share, which regrowth would tear apart; leave "
+            "one of them out"
+        )
+
+
 def _closed(blocks: dict[str, SMTBlocks], config: Any) -> dict[str, np.ndarray]:
     """Per module the blocks that may not be chosen, bool `(R, C)`, where the config caps how the blocks lie.
 
     What the caps left is no longer known; blocks within the columns, and for a cap of the rank also the rows, that the
     selection touches keep them.
-
-    Raises:
-        ValueError: the blocks belong together in more than one matrix.
     """
-    if getattr(config, "coupled", None):
-        raise ValueError(
-            f"coupled={config.coupled!r} chooses channels that several matrices share, which regrowth would tear "
-            "apart; leave one of them out"
-        )
     if config.max_column_share is None and config.max_lora_rank is None:
         return {}
     closed = {}

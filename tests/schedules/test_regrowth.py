@@ -8,13 +8,11 @@ import pytest
 import torch
 from helpers import Mlp, assert_no_worse_than_torch
 from peft import get_peft_model
-from scheduled import adapted, train
 from torch import nn
 
 from smt_peft import SMTConfig
 from smt_peft.optim import SMTAdamW
 from smt_peft.schedules import Regrowth
-from smt_peft.schedules.regrowth import least_moved
 from smt_peft.schedules.trained import trained_blocks
 
 STEPS = 24

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ...schedules import LayerSampling, Schedule
+from ...config import SMTConfig
+from ...schedules import LayerSampling, Regrowth, Schedule
 from ...schedules.callback import check_engine, check_together
+from ...schedules.regrowth import check_movable
 from ..data.source import file_errors, mixture_errors
 from .keys import AUTO, SMT_OPTIMIZERS, TASK_FORMS, TRAINER_OPTIMIZERS, RunConfig
 from .source import Errors
@@ -158,7 +160,9 @@ def check_optim(trainer: Mapping[str, Any], errors: Errors) -> None:
 _WITHOUT_REST = ("paged_", "lomo", "adalomo")
 
 
-def check_schedules(schedules: Sequence[Schedule], trainer: Mapping[str, Any], errors: Errors) -> None:
+def check_schedules(
+    schedules: Sequence[Schedule], smt: SMTConfig | None, trainer: Mapping[str, Any], errors: Errors
+) -> None:
     """What schedules cannot run with, said before anything is loaded."""
     if not schedules:
         return
@@ -173,7 +177,23 @@ def check_schedules(schedules: Sequence[Schedule], trainer: Mapping[str, Any], e
             check()
         except ValueError as error:
             errors.add(names[0], str(error))
+    for schedule in schedules:
+        try:
+            schedule.check_arguments(SimpleNamespace(**trainer))
+        except ValueError as error:
+            errors.add(schedule.name, str(error))
     optim = str(trainer.get("optim"))
+    if any(isinstance(schedule, Regrowth) for schedule in schedules):
+        if optim not in SMT_OPTIMIZERS:
+            errors.add(
+                "optim",
+                f"optim: {trainer.get('optim', 'adamw_torch')} counts no steps by block, which blocks that regrowth "
+                f"brings in need; say {' or '.join(SMT_OPTIMIZERS)}",
+            )
+        try:
+            check_movable(smt)
+        except ValueError as error:
+            errors.add("regrowth", str(error))
     if any(isinstance(schedule, LayerSampling) for schedule in schedules) and (
         optim.startswith(_WITHOUT_REST) or optim.endswith("_layerwise")
     ):

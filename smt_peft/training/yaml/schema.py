@@ -94,7 +94,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         _build(lambda given, kind=SCHEDULES[name]: kind(**given), blocks[name], name, errors) for name in given
     ]
     check_optim(trainer, errors)
-    check_schedules([schedule for schedule in schedules if schedule is not None], trainer, errors)
+    check_schedules([schedule for schedule in schedules if schedule is not None], smt, trainer, errors)
     theirs = {key: value for key, value in trainer.items() if key != "optim" or value in TRAINER_OPTIMIZERS}
     arguments = _build(lambda given: TRAINERS[task](**_with_defaults(given)), theirs, "", errors)
     errors.raise_any()

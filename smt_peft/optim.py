@@ -227,7 +227,7 @@ class SMTAdamW(torch.optim.Optimizer):
             )
         for name, fresh in state.items():
             value = torch.as_tensor(saved[name])
-            if name == "step" and value.shape == param.shape[:1]:
+            if name == "step" and value.ndim == 1 and value.shape == param.shape[:1]:
                 # Counted by block, see `count_by_block`.
                 fresh = state[name] = fresh.expand(len(param)).contiguous()
             if value.shape != fresh.shape:

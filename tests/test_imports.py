@@ -23,7 +23,7 @@ ALLOWED = {
     "bench": {"blocks", "ops", "say"},
     "selection": {"bases", "blocks", "config", "ops", "say"},
     "tuner": {"bases", "blocks", "config", "ops", "say", "selection"},
-    "schedules": {"tuner"},
+    "schedules": {"optim", "selection", "tuner"},
     "export": {"bases", "blocks", "config", "ops", "say", "tuner"},
     "report": {"blocks", "config", "export", "ops", "say"},
     "training": {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <vector>
 
 #include "checks.h"
 #include "isa.h"
@@ -27,6 +28,9 @@ struct Task {
   int64_t numel, first_chunk;
   double step;
   uint32_t key_param, key_avg, key_sq;
+  // Of a tensor whose blocks count their steps each on its own: elements of a block, and what hangs on its count.
+  int64_t per_step = 0;
+  const double *rates = nullptr, *root_bias2s = nullptr;
 };
 
 template <class T>
@@ -66,12 +70,27 @@ inline double square_root(double value) { return __builtin_sqrt(value); }
 #define SMT_KERNEL_TEXT "adamw_kernel.inc"
 #include "each_isa.inc"
 
+double rate_of(const Call& call, double step) { return call.lr / (1 - std::pow(call.beta1, step)); }
+double root_bias2_of(const Call& call, double step) { return std::sqrt(1 - std::pow(call.beta2, step)); }
+
+// The rates of all blocks, then their root_bias2s.
+std::vector<double> by_block(const Call& call, const float* steps, int64_t count) {
+  std::vector<double> found(2 * count);
+  for (int64_t i = 0; i < count; ++i) {
+    // Most blocks are as old as their neighbour.
+    const bool again = i > 0 && steps[i] == steps[i - 1];
+    found[i] = again ? found[i - 1] : rate_of(call, steps[i]);
+    found[count + i] = again ? found[count + i - 1] : root_bias2_of(call, steps[i]);
+  }
+  return found;
+}
+
 template <class T>
 Step<T> step_of(const Call& call, double step) {
   Step<T> s;
   s.decay = static_cast<T>(1 - call.lr * call.weight_decay);
-  s.rate = static_cast<T>(call.lr / (1 - std::pow(call.beta1, step)));
-  s.root_bias2 = static_cast<T>(std::sqrt(1 - std::pow(call.beta2, step)));
+  s.rate = static_cast<T>(rate_of(call, step));
+  s.root_bias2 = static_cast<T>(root_bias2_of(call, step));
   s.one_minus_beta1 = static_cast<T>(1 - call.beta1);
   s.beta2 = static_cast<T>(call.beta2);
   s.one_minus_beta2 = static_cast<T>(1 - call.beta2);
@@ -119,6 +138,21 @@ float scalar_of(const char* name, const Tensor& tensor) {
   return *static_cast<const float*>(tensor.const_data_ptr());
 }
 
+// The steps of a tensor: one number, or one for each of its blocks.
+const float* steps_of(size_t i, const Tensor& steps, const Tensor& param) {
+  check_cpu("block_adamw_", "steps", steps);
+  STD_TORCH_CHECK(steps.scalar_type() == ScalarType::Float && steps.is_contiguous() &&
+                      (steps.dim() == 0 || (steps.dim() == 1 && param.dim() > 0 && steps.size(0) == param.size(0))),
+                  "block_adamw_: steps[", i, "] has shape ", shape_of(steps), " of ",
+                  torch::headeronly::toString(steps.scalar_type()),
+                  "; it must be float32, one number or one for each block of a parameter of shape ", shape_of(param));
+  const float* values = static_cast<const float*>(steps.const_data_ptr());
+  for (int64_t block = 0; block < steps.numel(); ++block)
+    STD_TORCH_CHECK(values[block] >= 1, "block_adamw_: steps[", i, "] is ", values[block],
+                    "; it counts this step already, so it is at least 1");
+  return values;
+}
+
 float* scales_of(const char* name, size_t i, const Tensor& scales, int64_t needed) {
   check_cpu("block_adamw_", name, scales);
   STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.dim() == 1 && scales.is_contiguous() &&
@@ -157,6 +191,7 @@ void block_adamw_(const std::vector<Tensor>& params, const std::vector<Tensor>& 
                   "block_adamw_: the lists of tensors differ in length");
   Call call{lr, beta1, beta2, eps, weight_decay, 1.0, nullptr, nullptr, {}, {}};
   std::vector<Task> tasks(count);
+  std::vector<std::vector<double>> counted;
   int64_t chunks = 0;
   for (size_t i = 0; i < count; ++i) {
     const Tensor &param = params[i], &grad = grads[i], &avg = exp_avgs[i], &sq = exp_avg_sqs[i];
@@ -179,12 +214,19 @@ void block_adamw_(const std::vector<Tensor>& params, const std::vector<Tensor>& 
                 scales_of("sq_scales", i, sq_scales[i], scales),
                 param.numel(),
                 chunks,
-                scalar_of("steps", steps[i]),
+                1.0,
                 fmix32(key + 1),
                 fmix32(key + 2),
                 fmix32(key + 3)};
-    STD_TORCH_CHECK(tasks[i].step >= 1, "block_adamw_: steps[", i, "] is ", tasks[i].step,
-                    "; it counts this step already, so it is at least 1");
+    const float* counts = steps_of(i, steps[i], param);
+    if (steps[i].dim() == 0) {
+      tasks[i].step = *counts;
+    } else if (const int64_t blocks = steps[i].numel(); blocks > 0) {
+      counted.push_back(by_block(call, counts, blocks));
+      tasks[i].per_step = param.numel() / blocks;
+      tasks[i].rates = counted.back().data();
+      tasks[i].root_bias2s = tasks[i].rates + blocks;
+    }
     if (moment == ScalarType::Byte && call.avg_code == nullptr) {
       call.avg_code = code_of("avg_code", avg_code, call.middles[0], call.exact_middles[0]);
       call.sq_code = code_of("sq_code", sq_code, call.middles[1], call.exact_middles[1]);

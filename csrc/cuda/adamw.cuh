@@ -32,11 +32,12 @@ struct AdamwTensor {
   void* sq;
   float* avg_scale;
   float* sq_scale;
-  const float* step;
-  uint64_t numel : 63;
-  uint64_t aligned : 1;  // every pointer allows accesses of whole packs
-  uint32_t key;          // of the stochastic rounding, without salt
-  uint32_t first_chunk;  // chunks of the tensors before this one
+  const float* step;  // its number; by block: step_size and inverse_sqrt_bias2 of each, as `AdamwStep` has them
+  uint64_t numel : 37;
+  uint64_t per_step : 26;  // elements of a block, where each counts its steps on its own; 0: `step` is one for all
+  uint64_t aligned : 1;    // every pointer allows accesses of whole packs
+  uint32_t key;            // of the stochastic rounding, without salt
+  uint32_t first_chunk;    // chunks of the tensors before this one
 };
 
 struct AdamwNumbers {
@@ -74,6 +75,9 @@ inline uint32_t adamw_key(int64_t seed, uint32_t ordinal) {
   return fmix32(static_cast<uint32_t>(seed) ^ (ordinal + 1) * 0x9e3779b9u);
 }
 
+// Of a tensor, of one by block, and of a block.
+constexpr int64_t kMaxNumel = int64_t{1} << 37, kMaxNumelByBlock = int64_t{1} << 32, kMaxPerStep = int64_t{1} << 26;
+
 inline uint32_t adamw_chunks(uint64_t numel) { return static_cast<uint32_t>((numel + kChunk - 1) / kChunk); }
 
 // The tensor that a CTA works on: the last whose first chunk is not after it. Nine steps through constant memory.
@@ -97,6 +101,13 @@ SMT_HD AdamwStep adamw_step(const AdamwNumbers& numbers, float step) {
   const float bias1 = -expm1f(step * numbers.log_beta1);
   const float bias2 = -expm1f(step * numbers.log_beta2);
   return {numbers.coefficient ? *numbers.coefficient : 1.0f, numbers.lr / bias1, 1.0f / sqrtf(bias2)};
+}
+
+// Of blocks that count their steps each on its own: what hangs on the count, ready made, as a power in the loop over the
+// elements would spill registers.
+SMT_HD AdamwStep adamw_step_at(const AdamwTensor& tensor, AdamwStep step, int64_t element) {
+  const uint32_t block = static_cast<uint32_t>(element) / static_cast<uint32_t>(tensor.per_step);
+  return {step.coefficient, tensor.step[2 * block], tensor.step[2 * block + 1]};
 }
 
 SMT_HD void adamw_element(const AdamwNumbers& numbers, const AdamwStep& step, float g, float& p, float& m, float& v) {
@@ -233,7 +244,9 @@ struct AdamwThread {
         m[i] = widen<float>(avgs[pack].at[within]);
         v[i] = widen<float>(sqs[pack].at[within]);
       }
-      adamw_element(numbers, step, widen<float>(grads[pack].at[within]), p[i], m[i], v[i]);
+      const bool by_block = tensor.per_step != 0 && pack_at(pack) + within < static_cast<int64_t>(tensor.numel);
+      const AdamwStep own = by_block ? adamw_step_at(tensor, step, pack_at(pack) + within) : step;
+      adamw_element(numbers, own, widen<float>(grads[pack].at[within]), p[i], m[i], v[i]);
       if (kCoded && pack_at(pack) + within >= static_cast<int64_t>(tensor.numel)) m[i] = v[i] = 0;
     }
   }

@@ -134,7 +134,14 @@ const Kind& check_tensor(const Lists& lists, size_t i, int32_t device) {
   check(named("exp_avg_sqs"), lists.sqs[i], moment, numel, device);
   check(named("avg_scales"), lists.avg_scales[i], ScalarType::Float, scales, device);
   check(named("sq_scales"), lists.sq_scales[i], ScalarType::Float, scales, device);
-  check(named("steps"), lists.steps[i], ScalarType::Float, 1, device);
+  const int64_t blocks = lists.steps[i].dim() == 2 ? lists.steps[i].size(0) : 0;
+  check(named("steps"), lists.steps[i], ScalarType::Float, blocks ? 2 * blocks : 1, device);
+  const bool countable = blocks == 0 ? numel < kMaxNumel
+                                     : lists.params[i].dim() > 0 && lists.params[i].size(0) == blocks &&
+                                           numel < kMaxNumelByBlock && numel / blocks < kMaxPerStep;
+  STD_TORCH_CHECK(countable, kOp, ": ", named("steps").text(), " has shape ", shape_of(lists.steps[i]),
+                  ", which a parameter of shape ", shape_of(lists.params[i]), " cannot take; one number or, by block, "
+                  "(num_blocks, 2), for blocks of less than 2^26 elements");
   return *kind;
 }
 
@@ -148,6 +155,7 @@ AdamwTensor entry(const Lists& lists, size_t i, const Kind& kind, int64_t seed) 
   tensor.sq_scale = static_cast<float*>(lists.sq_scales[i].mutable_data_ptr());
   tensor.step = static_cast<const float*>(lists.steps[i].const_data_ptr());
   tensor.numel = lists.params[i].numel();
+  if (lists.steps[i].dim() == 2) tensor.per_step = tensor.numel / lists.steps[i].size(0);
   tensor.aligned = kind.is_aligned(tensor);
   tensor.key = adamw_key(seed, static_cast<uint32_t>(i));
   return tensor;

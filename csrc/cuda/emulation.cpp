@@ -91,7 +91,8 @@ int copy_blocks(int kind, int weight_dtype, int packed_dtype, void* matrix, int6
   return wide;
 }
 
-// Per tensor: seven pointers (parameter, gradient, both moments, both scales, step), then numel and the ordinal.
+// Per tensor: seven pointers (parameter, gradient, both moments, both scales, step), then numel, the ordinal and the
+// elements that share a step (0: all).
 // Returns how many of them were aligned, or -1 for dtypes that have no kernel.
 int adamw(int param_dtype, int grad_dtype, int moment_dtype, int64_t count, const int64_t* rows,
           const float* coefficient, const float* skip, const float* avg_code, const float* sq_code, double lr,
@@ -115,11 +116,12 @@ int adamw(int param_dtype, int grad_dtype, int moment_dtype, int64_t count, cons
         if constexpr (kParam && kGrad && kMoment) {
           aligned = 0;
           uint32_t chunks = 0;
-          for (int64_t i = 0; i < count; ++i, rows += 9) {
+          for (int64_t i = 0; i < count; ++i, rows += 10) {
             AdamwTensor tensor{};
             memcpy(static_cast<void*>(&tensor), rows, 7 * sizeof(int64_t));
             tensor.numel = rows[7];
             tensor.key = adamw_key(seed, static_cast<uint32_t>(rows[8]));
+            tensor.per_step = rows[9];
             tensor.aligned = AdamwThread<P, G, M>::is_aligned(tensor);
             tensor.first_chunk = chunks;
             chunks += adamw_chunks(tensor.numel);

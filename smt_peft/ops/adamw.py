@@ -62,7 +62,8 @@ def block_adamw_(
         exp_avg_sqs: v, of the same kind as m.
         avg_scales: fp32 `(ceil(n / 256),)` for 8-bit moments, else empty tensors.
         sq_scales: likewise for v.
-        steps: fp32 scalars, counting this step already: 1 at the first.
+        steps: fp32, counting this step already: 1 at the first. A scalar, or `(len(param),)`: one for each block of a
+            parameter whose blocks did not all begin at the same time.
         coefficient: fp32 scalar that every gradient is multiplied with: a clip factor, an inverse loss scale.
         skip: fp32 scalar; not zero: nothing is changed.
         seed: of the stochastic rounding; give every call another.
@@ -83,12 +84,19 @@ def block_adamw_(
         v_n = beta2 * v_n + (1 - beta2) * g_n * g_n
         # Powers of numbers this close to 1 need fp64; on the device, so that the host need not wait for it.
         step = step.double()
-        denominator_n = v_n.sqrt() / (1 - beta2**step).sqrt() + eps
-        p_n = p_n * (1 - lr * weight_decay) - lr / (1 - beta1**step) * (m_n / denominator_n)
+        denominator_n = v_n.sqrt() / _per_element((1 - beta2**step).sqrt(), v_n) + eps
+        p_n = p_n * (1 - lr * weight_decay) - _per_element(lr / (1 - beta1**step), p_n) * (m_n / denominator_n)
         key = _stream(seed, ordinal)
         _store(param, None, p_n, key + _SALT_PARAM, skip)
         _store(exp_avg, avg_scale, m_n, key + _SALT_AVG, skip, signed=True)
         _store(exp_avg_sq, sq_scale, v_n, key + _SALT_SQ, skip, signed=False)
+
+
+def _per_element(number: Tensor, like_n: Tensor) -> Tensor:
+    """A number of every block for each of its elements; one for all blocks stays one."""
+    if number.ndim == 0:
+        return number
+    return number.to(like_n.dtype).repeat_interleave(like_n.numel() // max(1, len(number)))
 
 
 def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
@@ -199,6 +207,33 @@ def dequantise(codes_n: Tensor, scales: Tensor, code: Tensor) -> Tensor:
     return code[codes_n.int()] * scales.repeat_interleave(QUANT_BLOCK)[: len(codes_n)]
 
 
+def move_blocks_(stored: Tensor, scales: Tensor | None, sources: Tensor, signed: bool) -> None:
+    """Rearrange the blocks of a moment in place; see `SMTAdamW.move_blocks`.
+
+    Args:
+        stored: `(num_blocks, ...)`, fp32, fp64, bf16, or uint8 codes.
+        scales: fp32 `(ceil(n / 256),)` of codes.
+        sources: int64 `(num_blocks,)`; -1: zeros.
+        signed: whether the codes are.
+    """
+    if stored.dtype == torch.uint8 and stored[0].numel() % QUANT_BLOCK:
+        code = _code_on(signed, stored.device)
+        values = dequantise(stored.view(-1), scales, code).view(stored.shape)
+        codes_n, new_scales = quantise(_taken(values, sources).view(-1), code)
+        stored.view(-1).copy_(codes_n)
+        scales.copy_(new_scales)
+        return
+    stored.copy_(_taken(stored, sources))
+    if stored.dtype == torch.uint8:
+        scales.copy_(_taken(scales.view(len(stored), -1), sources).view(-1))
+
+
+def _taken(blocks: Tensor, sources: Tensor) -> Tensor:
+    taken = blocks[sources.clamp(min=0)]
+    taken[sources < 0] = 0
+    return taken
+
+
 def check_hyper_parameters(lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
     """ValueError unless `0 <= beta < 1` and the others are finite and not negative."""
     for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
@@ -253,9 +288,9 @@ def check_tensors(
         scales = torch.Size([-(-param.numel() // QUANT_BLOCK) if exp_avg.dtype == torch.uint8 else 0])
         _check(f"avg_scales[{i}]", avg_scales[i], (torch.float32,), scales, device)
         _check(f"sq_scales[{i}]", sq_scales[i], (torch.float32,), scales, device)
-        _check(f"steps[{i}]", steps[i], (torch.float32,), torch.Size(), device)
-        if device.type == "cpu" and not steps[i] >= 1:
-            raise ValueError(f"steps[{i}] is {steps[i].item()}; it counts this step already, so it is at least 1")
+        _check(f"steps[{i}]", steps[i], (torch.float32,), param.shape[:1] if steps[i].ndim else torch.Size(), device)
+        if device.type == "cpu" and not (steps[i] >= 1).all():
+            raise ValueError(f"steps[{i}] is {steps[i].min().item()}; it counts this step already, so it is at least 1")
 
 
 def _check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: torch.Size, device: torch.device) -> None:

@@ -160,13 +160,22 @@ def block_adamw_(
     if any(exp_avg.dtype == torch.uint8 for exp_avg in exp_avgs):
         codes = _codes(params[0].device)
     numbers = (lr, beta1, beta2, eps, weight_decay, seed)
+    if params[0].is_cuda:
+        lists = (*lists[:-1], [by_block(step, lr, beta1, beta2) if step.ndim == 1 else step for step in steps])
     try:
         _raw(params[0]).block_adamw_(*map(list, lists), coefficient, skip, *codes, *numbers)
     except RuntimeError:
         # Refused with nothing written; the reference's checks say the same of the same operands as a ValueError.
-        check_tensors(*lists, coefficient=coefficient, skip=skip)
+        check_tensors(*lists[:-1], steps, coefficient=coefficient, skip=skip)
         raise
     _written(*params, *exp_avgs, *exp_avg_sqs, *avg_scales, *sq_scales)
+
+
+def by_block(steps: Tensor, lr: float, beta1: float, beta2: float) -> Tensor:
+    """What hangs on the steps of blocks `(num_blocks,)`: `lr / (1 - beta1^step)` and `1 / sqrt(1 - beta2^step)`, fp32
+    `(num_blocks, 2)`. The CUDA kernel takes it ready made."""
+    steps = steps.double()
+    return torch.stack((lr / (1 - beta1**steps), (1 - beta2**steps).rsqrt()), dim=1).float()
 
 
 def why_not_block_adamw_(params: Sequence[Tensor], grads: Sequence[Tensor], *_: object) -> str | None:

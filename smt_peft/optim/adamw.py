@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..bases.sharded import is_dtensor
 from ..ops import block_adamw_
-from ..ops.adamw import PARAM_DTYPES, QUANT_BLOCK, check_hyper_parameters, fmix32
+from ..ops.adamw import PARAM_DTYPES, QUANT_BLOCK, check_hyper_parameters, fmix32, move_blocks_
 
 STATE_DTYPES = ("float32", "bfloat16", "8bit")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -153,6 +153,26 @@ class SMTAdamW(torch.optim.Optimizer):
         wide = torch.promote_types(param.dtype, torch.float32)
         return {"float32": wide, "bfloat16": torch.bfloat16, "8bit": torch.uint8}[self.state_dtype]
 
+    def count_by_block(self, param: Tensor) -> None:
+        """From now on count the steps of every block of a parameter `(num_blocks, ...)` on its own."""
+        state = self.state[param] = self.state[param] or self._new_state(param)
+        state["step"] = state["step"].expand(len(param)).contiguous()
+
+    @torch.no_grad()
+    def move_blocks(self, param: Tensor, sources: Tensor) -> None:
+        """Rearrange the state of a parameter `(num_blocks, ...)` whose blocks change places, after `count_by_block`.
+
+        Exact but for 8-bit moments of blocks that share a scale with others, which are rounded again.
+
+        Args:
+            sources: int64 `(num_blocks,)`, whose state each block takes; -1: none, its moments and its count of steps
+                begin anew.
+        """
+        state = self.state[param]
+        state["step"].copy_(torch.where(sources < 0, 0, state["step"][sources.clamp(min=0)]))
+        for name in _MOMENTS:
+            move_blocks_(state[name], state.get(f"{name}_scale"), sources, signed=name == "exp_avg")
+
     def _coefficient_and_skip(self, grads: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """Inverse loss scale times clip factor, and whether to leave the step out: fp32 scalars, no sync on a GPU."""
         # Set by `torch.amp.GradScaler.step` for the time of the step.
@@ -207,6 +227,9 @@ class SMTAdamW(torch.optim.Optimizer):
             )
         for name, fresh in state.items():
             value = torch.as_tensor(saved[name])
+            if name == "step" and value.ndim == 1 and value.shape == param.shape[:1]:
+                # Counted by block, see `count_by_block`.
+                fresh = state[name] = fresh.expand(len(param)).contiguous()
             if value.shape != fresh.shape:
                 raise ValueError(
                     f"{name} of parameter {i} must have the shape {tuple(fresh.shape)}, got {tuple(value.shape)}"

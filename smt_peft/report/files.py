@@ -13,6 +13,8 @@ import yaml
 from ..blocks import BlockSelection
 
 RUN, METRICS, SELECTION = "run.yaml", "metrics.json", "selection.safetensors"
+# The blocks at the end of a training that has replaced some.
+FINAL_SELECTION = "selection_final.safetensors"
 # The numbers of a run that is trained and saved, until verification and comparison are through as well.
 UNFINISHED = "metrics_unfinished.json"
 _STATE, _ADAPTER = "trainer_state.json", "adapter_config.json"
@@ -28,7 +30,7 @@ class RunFiles:
         directory: as the run's own `output_dir` says, where that is this directory; else as given.
         stage: `"finished"`; `"trained"`: saved, but not verified and compared; `"stopped"`: with checkpoints only;
             `"selected"`: no more than a selection.
-        selection: the chosen blocks.
+        selection: the chosen blocks; of a training that has replaced some, those at its end.
         settings: of `run.yaml`; empty without one.
         metrics: of `metrics.json`, or what there is in its place.
         adapter: of `adapter_config.json`; empty without one.
@@ -54,7 +56,8 @@ def read_run(directory: str | Path) -> RunFiles:
         raise FileNotFoundError(
             f"{directory} holds no {SELECTION}, so it is not the output_dir of smt train or smt select; name that one"
         )
-    selection = BlockSelection.load(place / SELECTION)
+    final = place / FINAL_SELECTION
+    selection = BlockSelection.load(final if final.is_file() else place / SELECTION)
     settings = _read(place / RUN)
     stage, metrics = _numbers(place)
     own = settings.get("output_dir")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from .schedule import Schedule
@@ -37,6 +38,8 @@ class ScheduleCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         check_engine(args, [schedule.name for schedule in self.schedules])
+        for schedule in self.schedules:
+            schedule.check_arguments(args)
         saved = self._saved(args, state) if state.global_step else {}
         for schedule in self.schedules:
             schedule.begin(model, optimizer, state.max_steps, saved.get(schedule.name))
@@ -66,9 +69,21 @@ class ScheduleCallback(TrainerCallback):
         torch.save({schedule.name: schedule.state_dict() for schedule in self.schedules}, aside)
         aside.replace(checkpoint / FILE)
 
+    def finish(self, model: nn.Module, checkpoint: Path) -> None:
+        """Bring a model with the adapter of a training's last checkpoint to where the training would leave it.
+
+        A directory without the state of schedules holds what came out of the training; there is nothing to do then.
+        """
+        if (checkpoint / FILE).is_file():
+            saved = self._read(checkpoint)
+            for schedule in self.schedules:
+                schedule.finish(model, saved[schedule.name])
+
     def _saved(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         named = args.resume_from_checkpoint
-        checkpoint = Path(named) if isinstance(named, str) else _checkpoint(args, state)
+        return self._read(Path(named) if isinstance(named, str) else _checkpoint(args, state))
+
+    def _read(self, checkpoint: Path) -> dict[str, Any]:
         if not (checkpoint / FILE).is_file():
             raise ValueError(
                 f"{checkpoint} has no {FILE}, so it was saved without a schedule; resume without one or start anew, or "

@@ -31,6 +31,9 @@ class Schedule(ABC):
     #: Whether it lets blocks rest and train again; of two that do, neither would know what the other has decided.
     decides_what_trains: ClassVar[bool] = False
 
+    def check_arguments(self, args: Any) -> None:  # noqa: B027
+        """Raise `ValueError` where the arguments of a trainer do not go with it; names one and the repair."""
+
     @abstractmethod
     def begin(
         self,
@@ -59,6 +62,14 @@ class Schedule(ABC):
 
     def end(self) -> None:  # noqa: B027
         """After the last update: what was changed in the model for the training alone is put back."""
+
+    def finish(self, model: nn.Module, state: dict[str, Any]) -> None:  # noqa: B027
+        """Bring a model, loaded from the checkpoint of the last update, to where `end` would leave it.
+
+        Args:
+            model: with the checkpoint's adapter.
+            state: what `state_dict` returned.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What going on takes besides the model and the optimizer: tensors and plain data."""

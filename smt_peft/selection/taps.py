@@ -11,13 +11,21 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bases.parameters import ParameterTarget
 from ..bases.target import Target
 from .experts import parameters_tapped
 from .scores import ActivationScore, GradientScore
 from .tables import look_ups_tapped
+
+# The number of no backward pass.
+_NONE = -1
+
+
+def _backward_pass() -> int:
+    """The number of the backward pass that this thread takes part in, `_NONE` outside of one."""
+    return torch._C._current_graph_task_id()
 
 
 class _Tap(torch.autograd.Function):
@@ -51,7 +59,6 @@ class GradientTaps:
         self._anchor = torch.zeros((), requires_grad=True)
         self._uses: Counter[str] = Counter()
         self._pairs: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        self._in_backward = False
 
     @contextmanager
     def installed(self):
@@ -71,16 +78,18 @@ class GradientTaps:
 
     def backward(self, loss: Tensor) -> None:
         """Run backward and take in the gradients of one batch."""
-        self._in_backward = True
         try:
             loss.backward()
-            # Uses whose output never met the loss: what did arrive is all there is.
-            for name in list(self._pairs):
-                self._finish(name)
+            self._close()
         finally:
-            self._in_backward = False
             self._uses.clear()
             self._pairs.clear()
+
+    def _close(self) -> None:
+        # Uses whose output never met the loss: what did arrive is all there is.
+        for name in list(self._pairs):
+            self._finish(name)
+        self._uses.clear()
 
     def _hook(self, name: str) -> Callable:
         def hook(module, args, kwargs, output):
@@ -94,7 +103,7 @@ class GradientTaps:
     def _tapped(self, name: str, x: Tensor, output: Tensor, flipped: bool = False) -> Tensor:
         """The output of `x W^T`, or of `x W` when `flipped`: there x^T dY is the gradient."""
         # A use is counted in the forward pass proper; checkpointing calls the module again during backward.
-        if not self._in_backward:
+        if _backward_pass() == _NONE:
             self._uses[name] += 1
         if not torch.is_grad_enabled():
             return output
@@ -111,6 +120,43 @@ class GradientTaps:
         pairs = self._pairs.pop(name)
         self.reached.add(name)
         self.scores[name].add(pairs)
+
+
+class TrainingTaps(GradientTaps):
+    """Feeds scores while another loop trains the model: it sees for itself where a backward pass ends.
+
+    A batch whose gradient is not finite is left out, as `torch.amp.GradScaler` leaves its update out.
+
+    Args:
+        layers: the modules to watch, which call what they wrap as they like.
+        scores: of each of them, by the same names.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], scores: Mapping[str, GradientScore]):
+        super().__init__({}, scores)
+        self.layers = layers
+        self._closing = _NONE
+
+    @contextmanager
+    def installed(self):
+        with ExitStack() as stack:
+            stack.callback(self._pairs.clear)
+            for name, layer in self.layers.items():
+                hook = layer.register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
+                stack.callback(hook.remove)
+            yield self
+
+    def _receive(self, name: str, x: Tensor, grad_output: Tensor) -> None:
+        super()._receive(name, x, grad_output)
+        if self._closing != (number := _backward_pass()):
+            self._closing = number
+            torch.autograd.Variable._execution_engine.queue_callback(self._close)
+
+    def _finish(self, name: str) -> None:
+        score = self.scores[name]
+        before = score.sums.clone()
+        super()._finish(name)
+        score.sums = torch.where(score.sums.isfinite().all(), score.sums, before)
 
 
 class ActivationTaps:

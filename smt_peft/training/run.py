@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .. import ops
 from ..blocks import BlockSelection
 from ..optim import MeZO, SMTAdamW
+from ..report.files import FINAL_SELECTION
 from ..report.html import HTML, write_report
 from ..report.picture import draw_selection
 from ..report.series import tokens_per_second
@@ -31,6 +32,8 @@ from ..schedules import ScheduleCallback
 from ..selection import select_blocks
 from ..selection.combine import load_selection
 from ..tuner.delta import SMTBlocks
+from ..tuner.held import held_selection
+from ..tuner.hotswap import make_room
 from ..tuner.low_rank import LowRank
 from . import outputs
 from .compare import lora_config
@@ -91,10 +94,14 @@ def train(
         selection.save(directory / outputs.SELECTION)
         outputs.write_run(run)
     before = measure(run, prepared, trainer, "before")
+    # Of the tuner, not of PeftModel: that one counts the padding of ragged blocks. Before the training, as a schedule
+    # may hand over blocks at its end that do not all train at a time.
+    trainable, _ = trainer.model.base_model.get_nb_trainable_parameters()
     seconds = fit(run, trainer, earlier.checkpoint)
     after = measure(run, prepared, trainer, "after")
-    # Of the tuner, not of PeftModel: that one counts the padding of ragged blocks.
-    trainable, _ = trainer.model.base_model.get_nb_trainable_parameters()
+    final = held_selection(trainer.model, selection) if run.schedules else selection
+    if main and final is not selection:
+        final.save(directory / FINAL_SELECTION)
     metrics = {
         "before": before,
         "after": {**after, "seconds": seconds},
@@ -124,7 +131,7 @@ def train(
     if plannable:
         metrics["plan"] = plan(run)
     if main:
-        _finish(directory, selection, metrics)
+        _finish(directory, final, metrics)
     return metrics
 
 
@@ -219,7 +226,13 @@ def fit(run: Run, trainer: Trainer, checkpoint: str | None = None) -> float:
     """Train; returns the seconds it took. From a checkpoint of the last step there is nothing left to train."""
     if checkpoint is not None and outputs.is_trained(run, vars(state := _state_of(checkpoint))):
         # The trainer itself would make one step more.
+        schedules = [call for call in trainer.callback_handler.callbacks if isinstance(call, ScheduleCallback)]
+        if schedules:
+            # For blocks that a schedule has retired, and the end of a training has taken in again.
+            make_room(trainer.model, trainer.model.active_adapter, [PeftConfig.from_pretrained(checkpoint)])
         set_peft_model_state_dict(trainer.model, load_peft_weights(checkpoint, device=str(trainer.args.device)))
+        for callback in schedules:
+            callback.finish(trainer.model, Path(checkpoint))
         trainer.end_as(state)
         tell(f"{checkpoint} is the end of the training; its weights are taken as they are")
         return trainer.seconds
@@ -305,7 +318,8 @@ def _optimizer(run: Run, args: TrainingArguments) -> tuple[type[torch.optim.Opti
 def _verify(run: Run, prepared: Prepared, trainer: Trainer, directory: Path) -> dict[str, Any]:
     rows = prepared.eval_set if prepared.eval_set is not None else prepared.train_set
     sequences = task_of(run).probes(islice(rows, 4))
-    selection, first = directory / outputs.SELECTION, trainer.is_world_process_zero()
+    final, first = directory / FINAL_SELECTION, trainer.is_world_process_zero()
+    selection = final if final.exists() else directory / outputs.SELECTION
     with all_or_none(first):
         return verify_saved(trainer.model, sequences, run.config.model_name_or_path, selection, directory, first)
 

@@ -21,6 +21,7 @@ class SMTBlocks(nn.Module):
     Attributes:
         weight: trainable delta from the base weight, `(num_blocks, rows, cols)`, fp32, zero at the start.
         index: `(row, col)` block coordinates, int32 `(num_blocks, 2)`, sorted and unique; saved with the weight.
+        retired: blocks of the same grid, at other places, that train no longer and still act; None: there are none.
 
     Args:
         name: of the module, for messages.
@@ -31,6 +32,7 @@ class SMTBlocks(nn.Module):
     """
 
     kind, starts_at_zero = "smt_blocks", "weight"
+    retired: SMTBlocks | None = None
 
     def __init__(self, name: str, grid: BlockGrid, num_blocks: int, looked_up: bool = False, int8: bool = False):
         super().__init__()
@@ -64,6 +66,8 @@ class SMTBlocks(nn.Module):
         Raises:
             NotImplementedError: tensor parallelism hands the layer a part of its input or output.
         """
+        if self.retired is not None:
+            y = self.retired(y, x)
         if is_dtensor(x) or is_dtensor(y) or (y.shape[-1], x.shape[-1]) != self.grid.shape:
             raise NotImplementedError(
                 f"{self.name}: this process has {x.shape[-1]} inputs and {y.shape[-1]} outputs of a {self.grid.rows} x "
@@ -108,6 +112,43 @@ class SMTBlocks(nn.Module):
         self._padding = self._padding_at(index)
         if not self.index.is_meta:
             self.index.copy_(index)
+
+    @torch.no_grad()
+    def rearrange(self, index: Tensor, sources: Tensor) -> None:
+        """Move to other places, in place.
+
+        Args:
+            index: int32 `(num_blocks, 2)`, sorted and unique.
+            sources: int64 `(num_blocks,)`, whose values each block takes; -1: zeros.
+        """
+        values = self.weight[sources.clamp(min=0)]
+        values[sources < 0] = 0
+        self.weight.copy_(values)
+        self.place(index)
+
+    @torch.no_grad()
+    def retire(self, index: Tensor, weight: Tensor) -> None:
+        """Let these be the retired blocks, and no others.
+
+        Args:
+            index: int32 `(num_retired, 2)`, sorted, unique, and disjoint from `index`.
+            weight: `(num_retired, rows, cols)`.
+        """
+        # Not a submodule: what is saved and counted is what trains, until `take_in_retired`.
+        self.__dict__["retired"] = _frozen(self, index, weight) if len(index) else None
+
+    @torch.no_grad()
+    def take_in_retired(self) -> None:
+        """Make the retired blocks ones like the others; the weight is another Parameter then."""
+        if (retired := self.retired) is None:
+            return
+        numbers, order = self.grid.flatten(torch.cat((self.index, retired.index))).sort()
+        weight = torch.cat((self.weight, retired.weight))[order]
+        self.weight = nn.Parameter(weight, self.weight.requires_grad)
+        self.index = self.grid.unflatten(numbers)
+        self._padding = self._padding_at(self.index)
+        self.__dict__["retired"] = None
+        self._remake_layout()
 
     def padding(self) -> int:
         """Entries of `weight` that lie outside the matrix: stored as zero, never trained, never counted."""
@@ -162,6 +203,8 @@ class SMTBlocks(nn.Module):
 
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
+        if self.retired is not None:
+            self.retired._apply(*args, **kwargs)
         self._remake_layout()
         return self
 
@@ -179,6 +222,13 @@ class SMTBlocks(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.index)} blocks, {self.grid}"
+
+
+def _frozen(blocks: SMTBlocks, index: Tensor, weight: Tensor) -> SMTBlocks:
+    frozen = SMTBlocks(blocks.name, blocks.grid, len(index), blocks.looked_up).to(blocks.weight)
+    frozen.weight.requires_grad_(False).copy_(weight)
+    frozen.place(index)
+    return frozen
 
 
 def _prepared(layout: BlockLayout, looked_up: bool) -> BlockLayout:

@@ -139,6 +139,9 @@ class SMTLayer(BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's delta as a dense matrix of the shape and on the device of the base weight, fp32."""
         delta = ops.dense(*reversed(self.change(adapter)))
+        retired = self.smt_blocks[adapter].retired
+        if retired is not None:
+            delta += ops.dense(retired.weight, retired.layout())
         return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def pair(self, adapter: str) -> LowRank | None:
@@ -192,6 +195,11 @@ class SMTLayer(BaseTunerLayer):
         for adapter in names:
             # Refuses an impossible index.
             self.smt_blocks[adapter].layout()
+            if self.smt_blocks[adapter].retired is not None:
+                raise ValueError(
+                    f"{self.smt_name}: blocks that a schedule has retired would be left out; merge after the training, "
+                    "once the schedule's end() was called"
+                )
         for adapter in names if safe_merge else ():
             if not bool(torch.isfinite(self._merged_blocks(adapter)[-1]).all()):
                 raise ValueError(

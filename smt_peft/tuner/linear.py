@@ -52,7 +52,9 @@ class Linear(HealingModule, SMTLayer):
             return self._opaque_forward(x, active)
         # In evaluation other threads may read the weight at the same time, so it is written in training only.
         swap = wanted == "swap" or (wanted == "auto" and self.training and not unswapped)
-        return self._fused_forward(x, self.smt_blocks[active[0]], swap)
+        blocks = self.smt_blocks[active[0]]
+        y = self._fused_forward(x, blocks, swap)
+        return y if blocks.retired is None else blocks.retired(y, x)
 
     def _why_not_fused(self, x: Tensor, active: list[str]) -> str | None:
         if len(active) > 1:

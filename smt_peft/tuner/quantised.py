@@ -75,7 +75,9 @@ class QuantisedLinear(Linear):
             raise RuntimeError(f"{self.smt_name}: forward='overlay' is set, but {reason}; use forward='auto'")
         # A thread that decodes beside this one reads the packed weight only, so nothing but speed decides here.
         if reason is None and ("overlay" in wanted or (wanted == {"auto"} and self.training and self._is_exact())):
-            return self._overlay_forward(x, self.smt_blocks[active[0]])
+            blocks = self.smt_blocks[active[0]]
+            y = self._overlay_forward(x, blocks)
+            return y if blocks.retired is None else blocks.retired(y, x)
         return self._opaque_forward(x, active)
 
     def _why_not_overlay(self, x: Tensor, active: list[str]) -> str | None:

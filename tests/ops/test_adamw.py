@@ -377,3 +377,28 @@ def test_8bit_scales_of_the_wrong_size_are_an_error():
     given["sq_scales"][0] = given["sq_scales"][0][:2].clone()
     with pytest.raises(ValueError, match=r"sq_scales\[0\] must have the shape \(3,\), got \(2,\)"):
         block_adamw_(**given, **NUMBERS)
+
+
+@pytest.mark.parametrize("moments", KINDS)
+def test_blocks_that_count_their_steps_apart_take_steps_of_their_own(moments):
+    """Each as if it were alone with its step; with 8 bits where its elements share a scale with no other block."""
+    before = tensors([(4, 16, 16), (3, 32, 8)], moments=moments)
+    counts = [torch.tensor([1.0, 9.0, 9.0, 200.0]), torch.tensor([7.0, 1.0, 2.0])]
+    together = cloned(before) | {"steps": [count.clone() for count in counts]}
+    block_adamw_(**together, **NUMBERS)
+    for i, count in enumerate(counts):
+        for block, step in enumerate(count.tolist()):
+            alone = {name: [before[name][i][block].clone()] for name in NAMES[:4]}
+            for name in ("avg_scales", "sq_scales"):
+                scales = before[name][i]
+                alone[name] = [scales[block : block + 1].clone() if len(scales) else scales]
+            alone["steps"] = [torch.tensor(step)]
+            truth, theirs = torch_step(alone, torch.float64), torch_step(alone, torch.float32)
+            assert_no_worse_than_torch(together["params"][i][block].reshape(-1), theirs["params"], truth["params"])
+
+
+@pytest.mark.parametrize(("steps", "message"), [([1.0, 2.0], r"shape \(3,\), got \(2,\)"), ([1.0, 0.0, 1.0], "is 0.0")])
+def test_steps_by_block_that_cannot_be_are_refused(steps, message):
+    given = tensors([(3, 8, 8)]) | {"steps": [torch.tensor(steps)]}
+    with pytest.raises(ValueError, match=rf"steps\[0\].*{message}"):
+        block_adamw_(**given, **NUMBERS)

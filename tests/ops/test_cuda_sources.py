@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smt_peft.blocks import BlockGrid, BlockLayout
-from smt_peft.ops import adamw, reference
+from smt_peft.ops import adamw, native, reference
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
@@ -257,10 +257,14 @@ def _state(numels, param_dtype, grad_dtype, moment_dtype) -> list[list[torch.Ten
 def _adamw(emulation, state, ordinals=None, coefficient=None, skip=None, seed=5, numbers=NUMBERS) -> int:
     """Runs the grid of one launch in place; returns how many tensors were read 16 bytes at a time."""
     count = len(state[0])
-    rows = torch.empty(count, 9, dtype=torch.int64)
+    rows, tables = torch.zeros(count, 10, dtype=torch.int64), []
     for i in range(count):
         rows[i, :7] = torch.tensor([group[i].data_ptr() for group in state])
         rows[i, 7], rows[i, 8] = state[0][i].numel(), i if ordinals is None else ordinals[i]
+        if state[6][i].ndim:
+            rows[i, 9] = state[0][i].numel() // len(state[6][i])
+            tables.append(native.by_block(state[6][i], numbers["lr"], numbers["beta1"], numbers["beta2"]))
+            rows[i, 6] = tables[-1].data_ptr()
     codes = [adamw.dynamic_code(True), adamw.dynamic_code(False)]
     pointers = [ctypes.c_void_p(0 if t is None else t.data_ptr()) for t in (coefficient, skip, *codes)]
     aligned = emulation.adamw(
@@ -316,6 +320,26 @@ def test_adamw_of_every_kind(emulation, param_dtype, grad_dtype, moment_dtype):
     for group in shifted:
         for guard in group:
             guard.assert_untouched_around()
+
+
+@pytest.mark.parametrize("moment_dtype", MOMENTS, ids=str)
+def test_blocks_count_their_steps_apart(emulation, moment_dtype):
+    """Blocks that end within a thread's elements, within a warp's, and with a chunk."""
+    sizes = (5, 300, 4096)
+    state = _state([3 * size for size in sizes], torch.float32, torch.float32, moment_dtype)
+    for group in state[:4]:
+        group[:] = [tensor.view(3, size) for tensor, size in zip(group, sizes, strict=True)]
+    state[6] = [torch.tensor([40.0, 1.0, 7.0]) for _ in sizes]
+    truth = [[tensor.clone() for tensor in group] for group in state]
+    adamw.block_adamw_(*truth, **NUMBERS, seed=5)
+    _adamw(emulation, state)
+    for index in (0, 2, 3):
+        for ours, wanted in zip(state[index], truth[index], strict=True):
+            if ours.dtype == torch.float32:
+                torch.testing.assert_close(ours, wanted, rtol=2e-6, atol=0 if index else 2e-7)
+            else:
+                steps = (_bits(ours) - _bits(wanted)).abs()
+                assert steps.max() <= 1 and (steps > 0).float().mean() < 2e-3
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ That its results are right is tested beside those of the other backends.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from helpers import random_layout
 
 from smt_peft.blocks import BlockGrid
-from smt_peft.ops import native, reference
+from smt_peft.ops import adamw, native, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUT = random_layout(BlockGrid.fit((40, 56), 8), 9)
@@ -225,7 +226,7 @@ class TestSwap:
 import os, random, signal, sys, threading, time
 import torch
 from smt_peft.blocks import BlockGrid, BlockLayout
-from smt_peft.ops import native
+from smt_peft.ops import adamw, native
 grid = BlockGrid.fit((256, 256), 8)
 layout = BlockLayout(grid, grid.unflatten(torch.randperm(grid.num_blocks)[:200]))
 weight, x, delta = torch.randn(256, 256), torch.randn(8, 256), torch.randn(200, 8, 8)
@@ -376,6 +377,29 @@ def test_adamw_refuses_with_nothing_written():
     assert torch.equal(param, kept) and not moments[0].any()
 
 
+@pytest.mark.parametrize("moment", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize("shape", [(7, 5, 5), (3, 16, 16), (4, 20, 16), (1, 3, 3), (0, 4, 4)], ids=str)
+def test_adamw_counts_steps_by_block(moment, shape):
+    """Blocks that end within the 256 elements of a scale, with them, and past several."""
+    numbers = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "seed": 5}
+    count = math.prod(shape)
+    state = [torch.randn(shape), torch.randn(shape)]
+    scales = [torch.empty(0), torch.empty(0)]
+    for i, (values, signed) in enumerate(((torch.randn(count), True), (torch.rand(count), False))):
+        if moment == torch.uint8:
+            values, scales[i] = adamw.quantise(values, adamw.dynamic_code(signed))
+        state.append(values.to(moment).view(shape))
+    steps = torch.randint(1, 50, shape[:1]).float()
+    ours, truth = ([[tensor.clone()] for tensor in (*state, *scales, steps)] for _ in range(2))
+    native.block_adamw_(*ours, **numbers)
+    adamw.block_adamw_(*truth, **numbers)
+    for (left,), (right,) in zip(ours, truth, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-7)
+    wrong = [*ours[:6], [torch.ones(shape[0] + 1)]]
+    with pytest.raises(ValueError, match=r"steps\[0\] must have the shape"):
+        native.block_adamw_(*wrong, **numbers)
+
+
 ASAN_FLAGS = [
     "-O1",
     "-g",
@@ -429,6 +453,10 @@ for size, kind in itertools.product((0, 1, 255, 257), (torch.float32, torch.bflo
     raw.block_adamw_([torch.randn(size)], [torch.randn(size)], [torch.zeros(size, dtype=kind)],
                      [torch.zeros(size, dtype=kind)], scales(), scales(), [torch.tensor(1.0)], None, None, code, code,
                      0.1, 0.9, 0.99, 1e-8, 0.1, 0)
+    blocks = lambda: torch.zeros(3, size, dtype=kind)
+    scales = lambda: [torch.zeros(-(-3 * size // 256) if kind == torch.uint8 else 0)]
+    raw.block_adamw_([torch.randn(3, size)], [torch.randn(3, size)], [blocks()], [blocks()], scales(), scales(),
+                     [torch.tensor([1.0, 2.0, 3.0])], None, None, code, code, 0.1, 0.9, 0.99, 1e-8, 0.1, 0)
 print("survived", flush=True)
 """
 ASAN_CONTROL = """

@@ -32,6 +32,14 @@ def test_a_run_that_drops_moments_goes_on_from_a_checkpoint_between_two_periods(
     )
 
 
+@pytest.mark.parametrize("optim", ["smt_adamw", "smt_adamw_bf16", "smt_adamw_8bit"])
+@pytest.mark.parametrize("dropped", ["revert", "keep"])
+def test_regrown_blocks_go_on_from_a_checkpoint(workshop, tmp_path, optim, dropped):
+    """One that is saved while scores are gathered, and after blocks were replaced."""
+    regrowth = {"every": 3, "score_steps": 3, "share": 0.9, "dropped": dropped}
+    assert_resumed_alike(replace(workshop, directory=tmp_path), optim=optim, regrowth=regrowth)
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("optim", ["adamw_torch", "smt_adamw"])
 def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(workshop, tmp_path, name, optim):

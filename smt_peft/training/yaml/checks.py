@@ -13,8 +13,9 @@ from typing import Any
 from ...agreement import disagreements
 from ...blocks import BlockSelection
 from ...config import SMTConfig
-from ...schedules import LayerSampling, Schedule
+from ...schedules import LayerSampling, Regrowth, Schedule
 from ...schedules.callback import check_engine, check_together
+from ...schedules.regrowth import check_movable
 from ...selection.avoid import check_avoided
 from ..data.source import file_errors, mixture_errors
 from .keys import AUTO, MEZO, OWN_OPTIMIZERS, TASK_FORMS, TRAINER_OPTIMIZERS, RunConfig
@@ -245,7 +246,9 @@ def check_mezo(good: Mapping[str, Any], chooses_by_gradients: bool, schedules: I
 _WITHOUT_REST = ("paged_", "lomo", "adalomo")
 
 
-def check_schedules(schedules: Sequence[Schedule], trainer: Mapping[str, Any], errors: Errors) -> None:
+def check_schedules(
+    schedules: Sequence[Schedule], smt: SMTConfig | None, trainer: Mapping[str, Any], errors: Errors
+) -> None:
     """What schedules cannot run with, said before anything is loaded."""
     if not schedules:
         return
@@ -260,7 +263,23 @@ def check_schedules(schedules: Sequence[Schedule], trainer: Mapping[str, Any], e
             check()
         except ValueError as error:
             errors.add(names[0], str(error))
+    for schedule in schedules:
+        try:
+            schedule.check_arguments(SimpleNamespace(**trainer))
+        except ValueError as error:
+            errors.add(schedule.name, str(error))
     optim = str(trainer.get("optim"))
+    if any(isinstance(schedule, Regrowth) for schedule in schedules):
+        if optim not in SMT_OPTIMIZERS:
+            errors.add(
+                "optim",
+                f"optim: {trainer.get('optim', 'adamw_torch')} counts no steps by block, which blocks that regrowth "
+                f"brings in need; say {' or '.join(SMT_OPTIMIZERS)}",
+            )
+        try:
+            check_movable(smt)
+        except ValueError as error:
+            errors.add("regrowth", str(error))
     if any(isinstance(schedule, LayerSampling) for schedule in schedules) and (
         optim.startswith(_WITHOUT_REST) or optim.endswith("_layerwise")
     ):

@@ -107,7 +107,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         _build(lambda given, kind=SCHEDULES[name]: kind(**given), blocks[name], name, errors) for name in given
     ]
     check_optim(trainer, errors)
-    check_schedules([schedule for schedule in schedules if schedule is not None], trainer, errors)
+    check_schedules([schedule for schedule in schedules if schedule is not None], smt, trainer, errors)
     check_mezo(good, smt is not None and smt.needs_data and warmup.selection == AUTO, given, errors)
     forward_only = trainer.get("optim") == MEZO
     theirs = {key: value for key, value in trainer.items() if key != "optim" or value in TRAINER_OPTIMIZERS}

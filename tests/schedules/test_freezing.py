@@ -311,7 +311,7 @@ def test_settings_that_no_module_can_follow_are_refused_by_name(settings, messag
 
 
 def test_two_schedules_that_decide_what_trains_are_refused():
-    with pytest.raises(ValueError, match="freezing and layer_sampling both decide which modules train"):
+    with pytest.raises(ValueError, match="freezing and layer_sampling both decide which blocks train"):
         ScheduleCallback(Freezing(), LayerSampling())
 
 

@@ -18,7 +18,7 @@ from ...schedules.callback import check_engine, check_together
 from ...schedules.regrowth import check_movable
 from ...selection.avoid import check_avoided
 from ..data.source import file_errors, mixture_errors
-from .keys import AUTO, MEZO, OWN_OPTIMIZERS, TASK_FORMS, TRAINER_OPTIMIZERS, RunConfig
+from .keys import AUTO, MEZO, OWN_OPTIMIZERS, SMT_OPTIMIZERS, TASK_FORMS, TRAINER_OPTIMIZERS, RunConfig
 from .source import Errors
 
 

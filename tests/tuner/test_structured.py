@@ -249,6 +249,18 @@ def test_a_selection_by_gradients_is_what_trains():
     assert again.grids == config.selection.grids
 
 
+def test_channels_and_blocks_are_added_up_exactly():
+    model = adapted(tiny_llama(), coupled="both", init_weights=False, **COUPLED)
+    model.add_adapter("blocks", SMTConfig(density=0.2, block_size=8, score="random", init_weights=False))
+    expected = {
+        name: sum(layer.get_delta_weight(part) for part in layer.smt_blocks) for name, layer in layers(model).items()
+    }
+    model.add_weighted_adapter(["default", "blocks"], [1.0, 1.0], "sum")
+    for name, layer in layers(model).items():
+        torch.testing.assert_close(layer.get_delta_weight("sum"), expected[name], rtol=0, atol=1e-7)
+    assert model.peft_config["sum"].coupled is None
+
+
 def test_a_selection_outside_the_channels_is_refused():
     base = tiny_llama()
     other = select_blocks(base, SMTConfig(score="random", density=0.1), progress=False)

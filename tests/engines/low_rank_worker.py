@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from cases import run_cases
-from lesson import rank, adamw, student, train, trainable
+from lesson import adamw, rank, student, train, trainable
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import told
 from launch import run_worker
-from lesson import base, adamw, student, train, trainable
+from lesson import adamw, base, student, train, trainable
 from low_rank_worker import PAIR
 from peft import PeftModel
 from safetensors.torch import load_file

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,8 +12,8 @@ from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.bases.targets import find_targets
-from smt_peft.optim import MeZO, SMTAdamW
-from smt_peft.schedules import LayerSampling, Schedule
+from smt_peft.optim import SMTAdamW
+from smt_peft.schedules import Schedule
 from smt_peft.tuner.padding import padding_masks
 
 from . import released
@@ -67,16 +66,6 @@ class Method:
 
 def frozen() -> Method:
     return Method(lambda base: base, optimizer=None)
-
-
-def inference() -> Method:
-    """Forward alone, nothing saved for a backward pass."""
-    return Method(lambda base: base, optimizer=None, backward=False)
-
-
-def forward_only(method: Method) -> Method:
-    """The same, trained by two forward passes instead of forward and backward."""
-    return replace(method, optimizer=MeZO, backward=False)
 
 
 def full() -> Method:
@@ -135,18 +124,11 @@ def small(case: Case) -> dict[str, Method]:
     rank = equal_rank(case.build(), case.density, case.targets)
     return {
         "frozen": frozen(),
-        "inference": inference(),
         "smt matched": smt(**put()),
         "smt matched, SMTAdamW": smt(**put(), optimizer=SMTAdamW),
-        "smt matched, MeZO": forward_only(smt(**put())),
         "smt matched, additive": smt(**put(), forward="additive"),
         "smt matched, blocks of 32": smt(**put(), block_size=32),
         "smt clustered": smt(**put(), **clustered),
-        **rosa(case, rank),
-        "paca": smt(**put(), block_size=(-1, 1), spread="free"),
-        "s2ft": channels(case, "consumers"),
-        "s2ft, both sides": channels(case, "both"),
-        "smt, rank 64 at most": smt(**put(), max_lora_rank=64, block_size=16, spread="free"),
         "released, matched": released_smt(**put()),
         "released, clustered": released_smt(**put(), **clustered),
         f"lora r{rank}, equal parameters": lora(rank, case.targets),
@@ -155,38 +137,6 @@ def small(case: Case) -> dict[str, Method]:
         "dora r16": lora(16, case.targets, use_dora=True),
         f"shira r{rank}, equal parameters": shira(rank, case.targets),
         "full": full(),
-    }
-
-
-def rosa(case: Case, rank: int) -> dict[str, Method]:
-    """Blocks beside low-rank pairs of half that rank; none where they would have no parameters left."""
-    half = rank // 2
-    if half < 1:
-        return {}
-    method = smt(case.density * (rank - half) / rank, case.targets, lora_rank=half)
-    return {f"rosa r{half}, equal parameters": method}
-
-
-def channels(case: Case, coupled: str) -> Method:
-    """Channels of S2FT, as many weights as `case.density` of all targets; of one budget, as in the paper."""
-    base, settings = case.build(), {"coupled": coupled, "budget": "global"}
-    found = find_targets(base, smt_config(0.01, case.targets, **settings)).values()
-    share = targeted(base, case.targets) / sum(math.prod(target.shape) for target in found)
-    return smt(min(1.0, case.density * share), case.targets, **settings)
-
-
-def in_turn(case: Case) -> dict[str, Method]:
-    """One layer at a time: a step while the lowest of them trains, which takes most, and one while the highest does."""
-    matched = smt(case.density, case.targets)
-
-    def training(order: str) -> Method:
-        return replace(matched, schedule=lambda: LayerSampling(layers=1, order=order))
-
-    return {
-        "frozen": frozen(),
-        "smt matched": matched,
-        "layers in turn, the lowest": training("ascending"),
-        "layers in turn, the highest": training("descending"),
     }
 
 

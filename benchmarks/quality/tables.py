@@ -11,7 +11,7 @@ from ..markdown import table
 from .agreement import FILE as AGREEMENT
 from .methods import RIVALS
 from .results import Outcome, Runs
-from .studies import LONG, SKILLS, STUDIES, Cell, cell
+from .studies import LONG, NEIGHBOURS, SKILLS, STUDIES, Cell, cell
 
 TITLES = {
     "smt": "**SMT** (defaults)",
@@ -39,6 +39,18 @@ TITLES = {
     "fourierft": "FourierFT",
     "waveft": "WaveFT",
     "ia3": "IA3",
+    "lisa": "two layers at a time (LISA)",
+    "badam": "one layer at a time (BAdam)",
+    "slimfit": "freezing by dynamics (SlimFit)",
+    "spiel": "drop and regrow (SpIEL)",
+    "paca": "whole columns, random (PaCA)",
+    "s2ft": "channels, columns alone (S2FT)",
+    "s2ft both": "channels, both sides",
+    "rosa": "blocks and a low-rank pair (RoSA)",
+    "mezo": "forward passes alone (MeZO)",
+    "sparse mezo": "the same over small weights (Sparse MeZO)",
+    "serve_as_lora": "rank 8 at most",
+    "avoid": "blocks that another skill left",
 }
 CORE = ("full", "smt", "random", "diagonal", "lora", "dora", "shira")
 FAMILY = ("lift", "magnitude", "columns", "rows", "activation", "released", "oft", "waveft", "hira", "hra")
@@ -225,6 +237,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-longer": partial(core, LONG, 2, ("smt", "lora")),
     "quality-family": partial(core, SKILLS, 2, (*CORE, *FAMILY)),
     "quality-rivals": partial(core, ("sort",), 2, (*CORE, *(name for name in RIVALS if name not in CORE))),
+    "quality-neighbours": partial(core, SKILLS, 2, ("full", "smt", "lora", *NEIGHBOURS)),
     "quality-budgets": budgets,
     "quality-spread": spread,
     "quality-blocks": partial(variants, "blocks", ON_SKILLS),

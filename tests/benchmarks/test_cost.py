@@ -20,6 +20,7 @@ from benchmarks.cost.model import Case
 from smt_peft import ops, select_blocks
 from smt_peft.blocks import BlockGrid
 from smt_peft.ops import native
+from smt_peft.optim import MeZO
 
 TINY = Case(hidden=64, layers=1, tokens=16, density=0.05)
 BYTES = ("peak_bytes", "weights_bytes", "training_bytes", "gradient_bytes", "saved_bytes", "transient_bytes")
@@ -89,7 +90,7 @@ def test_every_part_of_a_step_is_what_it_comes_to_by_hand():
 def test_a_step_without_a_backward_pass_is_what_it_comes_to_by_hand():
     width, tokens = 256, 32
     vector, matrix = 4 * width, 4 * width * tokens
-    method = methods.forward_only(Method(with_delta))
+    method = Method(with_delta, optimizer=MeZO, backward=False)
     figures = step_memory(partial(method.started, partial(Scale, width)), (1, tokens))
     # The delta, and the number that a step keeps.
     assert (figures["training_bytes"], figures["gradient_bytes"]) == (vector + 8, 0)
@@ -250,12 +251,12 @@ def test_the_step_suite_compares_every_method_with_and_without_checkpointing(tmp
 
 def test_layers_in_turn_hold_moments_and_gradients_of_one_and_save_less_the_higher_it_is(tmp_path):
     size = ["--hidden", "64", "--layers", "3", "--tokens", "16", "--density", "0.05"]
-    command.main(["turns", "--quick", "--rounds", "1", "--out", str(tmp_path), *size])
-    found = json.loads((tmp_path / "turns_cpu.json").read_text())
+    command.main(["neighbours", "--quick", "--rounds", "1", "--out", str(tmp_path), *size])
+    found = json.loads((tmp_path / "neighbours_cpu.json").read_text())
     check_rows(found)
     for point in ("plain", "checkpointed"):
         of = {row["method"]: row for row in found["rows"] if row["point"] == point}
-        whole, lowest, highest = (of[name] for name in list(of)[1:])
+        whole, lowest, highest = of["smt matched"], of["layers in turn, the lowest"], of["layers in turn, the highest"]
         layers = whole["layers"]
         assert lowest["gradient_bytes"] == highest["gradient_bytes"] == whole["gradient_bytes"] // layers
         assert highest["saved_bytes"] < lowest["saved_bytes"] <= whole["saved_bytes"]

@@ -3,7 +3,7 @@
 A *channel* of a feed-forward network is a row of every matrix that leads into it (gate, up) and the column of the one
 that leads out (down); between the two an activation acts on it alone. A channel of an attention is a key/value head:
 its rows of the value matrix, and the columns of the output matrix for all query heads that read it (Yang et al., S2FT,
-NeurIPS 2024, section 3.2). So channels can be numbered anew on both sides, and the function stays.
+NeurIPS 2024). So channels can be numbered anew on both sides, and the function stays.
 
 Matrices are found by the names that architectures give them, and taken when their shapes fit.
 """

@@ -1,8 +1,8 @@
 """Blocks that span whole rows or whole columns of a matrix: their products are one dense GEMM over the touched lines.
 
 With U touched columns of X, the gradient is `X[:, columns]^T dY`, whose `(U, N)` result holds the blocks one after the
-other; with U touched rows it is `dY[:, rows]^T X`, `(U, K)`. PaCA (Woo et al., ICLR 2025, eq. 9) takes the first, S2FT
-(Yang et al., NeurIPS 2024, section 3.3) both.
+other; with U touched rows it is `dY[:, rows]^T X`, `(U, K)`. PaCA (Woo et al., ICLR 2025) takes the first, S2FT
+(Yang et al., NeurIPS 2024) both.
 
 Shape suffixes: T tokens, N out_features, K in_features, B blocks of r rows and c columns, U touched lines.
 """

@@ -50,6 +50,7 @@ FAMILY: dict[str, dict[str, Any]] = {
 #: What related methods add to SMT: a row each of docs/neighbours.md.
 NEIGHBOURS: dict[str, dict[str, Any]] = {
     "lisa": CHOSEN | {"schedules": preset("lisa")},
+    "slimfit": CHOSEN | preset("slimfit")["smt"] | {"schedules": {"freezing": preset("slimfit")["freezing"]}},
 }
 FAMILY |= NEIGHBOURS
 

@@ -22,6 +22,7 @@ from . import methods
 from .memory import step_memory
 from .methods import Method
 from .model import Case
+from .regrown import regrown
 from .result import Result
 from .training import Training
 
@@ -32,6 +33,7 @@ CHECKPOINTED = ("frozen", "smt matched", "smt clustered", "released, clustered",
 def suite(result: Result, case: Case, rounds: int, warmup: int) -> None:
     """Every method, without and with activation checkpointing."""
     chosen = methods.small(case)
+    chosen["smt matched, regrown"] = regrown(chosen["smt matched"])
     plain, checkpointed = f"{case.density:.2%}", f"{case.density:.2%}, checkpointed"
     if not result.has(plain):
         result.add(plain, compare(chosen, case, rounds, warmup))

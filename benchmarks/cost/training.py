@@ -58,10 +58,13 @@ class Training:
         loss.backward()
         note("update")
         if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self._update()
         self._wait()
         return time.perf_counter() - start
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

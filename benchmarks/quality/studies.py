@@ -50,6 +50,7 @@ FAMILY: dict[str, dict[str, Any]] = {
 #: What related methods add to SMT: a row each of docs/neighbours.md.
 NEIGHBOURS: dict[str, dict[str, Any]] = {
     "lisa": CHOSEN | {"schedules": preset("lisa")},
+    "spiel": CHOSEN | {"schedules": {"regrowth": preset("spiel")["regrowth"]}},
 }
 FAMILY |= NEIGHBOURS
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from smt_peft import BlockSelection
+from smt_peft.optim import SMTAdamW
+from smt_peft.schedules import Regrowth
 
 from .methods import Prepared, of_head, prepare
 from .task import Task
@@ -77,7 +79,9 @@ def train(prepared: Prepared, task: Task, rate: float, seed: int) -> float:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[of_head(name, task.head)].append(parameter)
-    optimizer = torch.optim.AdamW(
+    # The same numbers; blocks that are regrown need steps of their own.
+    regrown = any(isinstance(schedule, Regrowth) for schedule in prepared.schedules)
+    optimizer = (SMTAdamW if regrown else torch.optim.AdamW)(
         [
             {"params": parameters, "peak": HEAD_RATE if head else rate}
             for head, parameters in groups.items()

@@ -64,8 +64,7 @@ class Training:
             loss.backward()
         note("update")
         if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self._update()
         self._wait()
         return time.perf_counter() - start
 
@@ -81,6 +80,10 @@ class Training:
     def _random(self, size: tuple[int, int]) -> dict[str, Any]:
         frozen = self.optimizer is None and self.backward
         return random_batch(self.model, size, frozen=frozen) | {"use_cache": False}
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -74,6 +74,7 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
     "serve_as_lora": CHOSEN | {"spread": "free", "max_lora_rank": 8, "block_size": 2},
     "avoid": CHOSEN | {"avoid_task": NEXT},
     "slimfit": CHOSEN | preset("slimfit")["smt"] | {"schedules": {"freezing": preset("slimfit")["freezing"]}},
+    "spiel": CHOSEN | {"schedules": {"regrowth": preset("spiel")["regrowth"]}},
 }
 #: Where the searches of those start whose rates are not AdamW's.
 NEIGHBOUR_START = {"mezo": 0.128, "sparse mezo": 0.128}

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from smt_peft import BlockSelection
-from smt_peft.optim import MeZO
+from smt_peft.optim import MeZO, SMTAdamW
+from smt_peft.schedules import Regrowth
 from smt_peft.tuner.padding import padding_masks
 
 from .methods import Prepared, of_head, prepare
@@ -85,7 +86,9 @@ def train(prepared: Prepared, task: Task, rate: float, seed: int) -> float:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[of_head(name, task.head)].append(parameter)
-    optimizer = torch.optim.AdamW(
+    # The same numbers; blocks that are regrown need steps of their own.
+    regrown = any(isinstance(schedule, Regrowth) for schedule in prepared.schedules)
+    optimizer = (SMTAdamW if regrown else torch.optim.AdamW)(
         [
             {"params": parameters, "peak": HEAD_RATE if head else rate}
             for head, parameters in groups.items()

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import copy
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Mlp, assert_no_worse_than_torch
+from helpers import Mlp, assert_no_worse_than_torch, tiny_llama
+from helpers import batch as llama_batch
+from packing import BITSANDBYTES, packed_linear, plain_linear
 from peft import get_peft_model
+from scheduled import adapted, train
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from smt_peft import SMTConfig
 from smt_peft.optim import SMTAdamW
-from smt_peft.schedules import Regrowth
+from smt_peft.schedules import LayerSampling, Regrowth, ScheduleCallback
+from smt_peft.schedules.regrowth import check_movable, least_moved
 from smt_peft.schedules.trained import trained_blocks
+from smt_peft.selection.scores import GradientScore, block_means
+from smt_peft.selection.taps import TrainingTaps
+from smt_peft.tuner.layer import SMTLayer
 
 STEPS = 24
 SETTINGS = {"every": 6, "share": 0.5, "score_steps": 3}
@@ -24,6 +36,10 @@ def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, 
     generator = torch.Generator().manual_seed(step)
     x, y = (torch.randn(16, size, generator=generator) for size in (20, 12))
     return x.to(dtype), y.to(dtype)
+
+
+def trainable(model) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def small(**settings):
@@ -158,5 +174,373 @@ def test_it_is_the_training_of_masks_in_plain_pytorch(dropped):
         assert len(module.index) == counts[name] + len(truth.retired[name])
 
 
-def trainable(model) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+class TestScores:
+    """What the taps see while somebody else trains, against dense gradients of a model whose weights require them."""
+
+    @staticmethod
+    def watched(model, blocks):
+        layers = {m.smt_name: m for m in model.modules() if isinstance(m, SMTLayer)}
+        return TrainingTaps(
+            {name: layers[name] for name in blocks},
+            {name: GradientScore(name, b.weight, b.grid, "grad_abs") for name, b in blocks.items()},
+        )
+
+    @staticmethod
+    def dense(base, batches):
+        """Mean |gradient| of the blocks' grids, summed over batches."""
+        base.requires_grad_(True)
+        sums = {}
+        for inputs in batches:
+            base.zero_grad()
+            base(**inputs).loss.backward()
+            for name, parameter in base.named_parameters():
+                sums[name] = sums.get(name, 0) + parameter.grad.abs()
+        return sums
+
+    @pytest.mark.parametrize("reentrant", [None, False, True])
+    def test_they_are_the_dense_gradients_of_every_micro_batch(self, reentrant):
+        torch.manual_seed(0)
+        model = tiny_llama().train()
+        base = copy.deepcopy(model)
+        batches = [llama_batch(seed=seed) for seed in range(3)]
+        model = get_peft_model(model, SMTConfig(block_size=8, density=0.1, score="random"))
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        blocks = trained_blocks(model)
+        taps = self.watched(model, blocks)
+        with taps.installed():
+            for inputs in batches:
+                # Also passes that nobody learns from.
+                with torch.no_grad():
+                    model(**inputs)
+                model(**inputs).loss.backward()
+        truth = self.dense(base, batches)
+        for name, module in blocks.items():
+            wanted = block_means(truth[f"{name}.weight"], module.grid)
+            torch.testing.assert_close(taps.scores[name].sums, wanted, rtol=1e-4, atol=1e-8)
+        assert not taps._pairs and not any(m._forward_hooks for m in taps.layers.values())
+
+    def test_uses_of_a_shared_module_are_one_gradient(self):
+        torch.manual_seed(0)
+        shared = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
+        model = nn.ModuleDict({"shared": shared})
+        model.forward = lambda x: shared(shared(x))
+        reference = copy.deepcopy(shared)
+        adapted_model = get_peft_model(
+            model, SMTConfig(target_modules=["0"], block_size=4, density=0.3, score="random")
+        )
+        blocks = trained_blocks(adapted_model)
+        [name] = blocks
+        taps = self.watched(adapted_model, blocks)
+        x = torch.randn(5, 12)
+        inner = adapted_model.base_model.model["shared"]
+        with taps.installed():
+            inner(inner(x)).square().sum().backward()
+        reference(reference(x)).square().sum().backward()
+        wanted = block_means(reference[0].weight.grad.abs(), blocks[name].grid)
+        torch.testing.assert_close(taps.scores[name].sums, wanted)
+
+    def test_a_batch_that_overflows_is_left_out(self):
+        _, model = small()
+        blocks = trained_blocks(model)
+        taps = self.watched(model, blocks)
+        x, y = batch(1)
+        with taps.installed():
+            (model(x) - y).square().mean().backward()
+            before = {name: score.sums.clone() for name, score in taps.scores.items()}
+            ((model(x) - y).square().mean() * math.inf).backward()
+        assert all(torch.equal(score.sums, before[name]) for name, score in taps.scores.items())
+        assert all(sums.any() for sums in before.values())
+
+    def test_under_autocast_they_are_near(self):
+        torch.manual_seed(0)
+        model = tiny_llama().train()
+        base = copy.deepcopy(model)
+        model = get_peft_model(model, SMTConfig(block_size=8, density=0.1, score="random"))
+        blocks = trained_blocks(model)
+        taps = self.watched(model, blocks)
+        with taps.installed(), torch.autocast("cpu", torch.bfloat16):
+            loss = model(**llama_batch()).loss
+        loss.backward()
+        truth = self.dense(base, [llama_batch()])
+        for name, module in blocks.items():
+            wanted = block_means(truth[f"{name}.weight"], module.grid)
+            assert (taps.scores[name].sums - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_layers_are_watched_in_the_score_steps_alone():
+    _, model = small()
+    layers = [module for module in model.modules() if isinstance(module, SMTLayer)]
+    watched = []
+    schedule = Regrowth(every=6, share=0.5, score_steps=2)
+    run(
+        model,
+        schedule,
+        SMTAdamW(trainable(model)),
+        each=lambda _: watched.append(any(m._forward_hooks for m in layers)),
+    )
+    # After step n, for the update n + 1; the share falls to 0 with the last step, which needs no scores.
+    assert [step + 1 for step, on in enumerate(watched, start=1) if on] == [5, 6, 11, 12, 17, 18]
+    schedule.end()
+    assert not any(m._forward_hooks for m in layers)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
+def test_survivors_keep_delta_and_moments_bit_for_bit(state_dtype):
+    """In blocks of 16 x 16, which share no scale of 8-bit moments with others."""
+    model = adapted(layers=1, block_size=16, density=0.5)
+    blocks = trained_blocks(model)
+    optimizer = SMTAdamW(trainable(model), lr=1e-2, state_dtype=state_dtype)
+    before = {}
+    fresh = kept = 0
+    schedule = Regrowth(every=3, share=0.7, score_steps=1)
+    schedule.begin(model, optimizer, 12)
+    for step in range(1, 12):
+        model(**llama_batch(seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, module in blocks.items():
+            state = {k: v.view(len(module.index), -1).clone() for k, v in optimizer.state[module.weight].items()}
+            before[name] = module.index.tolist(), module.weight.detach().clone(), state
+        schedule.after_update(step)
+        for name, module in blocks.items():
+            places, weight, state = before[name]
+            now = optimizer.state[module.weight]
+            for i, place in enumerate(module.index.tolist()):
+                old = places.index(place) if place in places else None
+                kept, fresh = kept + (old is not None), fresh + (old is None)
+                assert torch.equal(module.weight[i], weight[old] if old is not None else torch.zeros(16, 16))
+                for key, value in now.items():
+                    part = value.view(len(places), -1)[i]
+                    assert torch.equal(part, state[key][old] if old is not None else torch.zeros_like(part)), key
+            layer = model.base_model.model.get_submodule(name)
+            assert torch.equal(layer.smt_blocks["default"].layout().blocks, module.index)
+    assert fresh > 2 and kept > 5
+
+
+def test_padding_stays_zero_and_does_not_count():
+    _, model = small(block_size=[7, 9])
+    blocks = trained_blocks(model)
+    run(model, Regrowth(dropped="keep", **SETTINGS), SMTAdamW(trainable(model), **NUMBERS))
+    for module in blocks.values():
+        for part in (module, module.retired):
+            if part is not None:
+                assert not part.weight[~part.layout().padding_mask()].any()
+        with torch.no_grad():
+            module.weight.copy_(module.layout().padding_mask().float())
+        # All entries of all blocks alike: none has moved less than another for being ragged.
+        assert torch.equal(least_moved(module, 2), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("cap", [{"max_column_share": 0.5}, {"max_lora_rank": 6}])
+@pytest.mark.parametrize("dropped", ["revert", "keep"])
+def test_the_caps_of_the_config_hold(cap, dropped):
+    _, model = small(density=0.15, score="magnitude", **cap)
+    blocks = trained_blocks(model)
+    schedule = Regrowth(dropped=dropped, **SETTINGS)
+    run(model, schedule, SMTAdamW(trainable(model), **NUMBERS))
+    schedule.end()
+    assert schedule.replaced > 0
+    for module in blocks.values():
+        rows, cols = module.index.T
+        touched = [len(rows.unique()) * 3, len(cols.unique()) * 3]
+        if "max_column_share" in cap:
+            assert len(cols.unique()) <= max(1, module.grid.col_stripes // 2)
+        else:
+            assert min(touched) <= 6
+
+
+@pytest.mark.parametrize("forward", ["swap", "additive"])
+def test_retired_blocks_act_on_every_route(forward):
+    """Of a base in bf16: the output of base + live + retired delta, and the gradient of the input."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(24, 16, dtype=torch.bfloat16))
+    config = SMTConfig(target_modules=["0"], block_size=4, density=0.3, score="random", init_weights=False)
+    config.forward = forward
+    model = get_peft_model(base, config).train()
+    [module] = trained_blocks(model).values()
+    free = torch.ones(module.grid.num_blocks, dtype=torch.bool)
+    free[module.grid.flatten(module.index)] = False
+    places = module.grid.unflatten(free.nonzero().squeeze(1)[:3])
+    module.retire(places, torch.randn(3, 4, 4) * 0.1)
+    layer = model.base_model.model[0]
+    x = torch.randn(5, 24, dtype=torch.bfloat16, requires_grad=True)
+    y = model(x)
+    [dx] = torch.autograd.grad(y.float().square().sum(), [x])
+    weight = layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double()
+    exact = x.detach().double().requires_grad_()
+    truth = exact @ weight.t() + layer.get_base_layer().bias.double()
+    [d_exact] = torch.autograd.grad(truth.square().sum(), [exact])
+    rounding = torch.finfo(torch.bfloat16).eps
+    assert (y.double() - truth).abs().max() <= 4 * rounding * truth.abs().max()
+    assert (dx.double() - d_exact).abs().max() <= 8 * rounding * d_exact.abs().max()
+    assert module.weight.shape == (len(module.index), 4, 4) and not module.retired.weight.requires_grad
+    with pytest.raises(ValueError, match="blocks that a schedule has retired would be left out"):
+        layer.merge()
+    module.take_in_retired()
+    assert torch.equal(weight, layer.get_base_layer().weight.double() + layer.get_delta_weight("default").double())
+    layer.merge()
+
+
+def test_copies_and_moves_take_retired_blocks_along():
+    _, model = small()
+    [module, *_] = trained_blocks(model).values()
+    free = next(b for b in range(module.grid.num_blocks) if b not in module.grid.flatten(module.index))
+    module.retire(module.grid.unflatten(torch.tensor([free])), torch.ones(1, 3, 3))
+    twin = copy.deepcopy(model).double()
+    [moved, *_] = trained_blocks(twin).values()
+    assert moved.retired.weight.dtype == torch.float64 and moved.retired is not module.retired
+    assert not any("retired" in name for name in model.state_dict())
+    module.retire(module.retired.index[:0], module.retired.weight[:0])
+    assert module.retired is None
+
+
+class TestRefused:
+    def test_other_optimizers(self):
+        _, model = small()
+        with pytest.raises(ValueError, match=r"which AdamW cannot; use SMTAdamW \(optim: smt_adamw\)"):
+            Regrowth().begin(model, torch.optim.AdamW(trainable(model)), 10)
+
+    def test_an_optimizer_of_something_else(self):
+        _, model = small()
+        with pytest.raises(ValueError, match="up: the optimizer does not train its blocks"):
+            Regrowth().begin(model, SMTAdamW([nn.Parameter(torch.zeros(2))]), 10)
+
+    def test_layers_that_are_not_linear(self):
+        model = get_peft_model(tiny_llama(), SMTConfig(target_modules=["embed_tokens"], score="random", block_size=8))
+        with pytest.raises(ValueError, match=r"embed_tokens: regrowth moves blocks of linear layers.*leave it out of"):
+            Regrowth().begin(model, SMTAdamW(trainable(model)), 10)
+
+    def test_another_schedule_that_decides_what_trains(self):
+        with pytest.raises(ValueError, match="regrowth and layer_sampling both decide which blocks train"):
+            ScheduleCallback(Regrowth(), LayerSampling())
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"every": 0}, "every must be at least 1, got 0"),
+            ({"score_steps": 0}, "score_steps must be at least 1"),
+            ({"every": 4, "score_steps": 5}, "score_steps=5 do not fit between two reselections, every=4"),
+            ({"share": 0}, "share must be above 0 and at most 1, got 0"),
+            ({"share": 1.5}, "share must be above 0"),
+            ({"score": "taylor"}, "score must be grad_abs or grad_sq or mean_abs, got 'taylor'"),
+            ({"dropped": "burn"}, "dropped must be revert or keep, got 'burn'"),
+        ],
+    )
+    def test_settings_out_of_range(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            Regrowth(**settings)
+
+    @pytest.mark.parametrize(
+        ("settings", "arguments", "message"),
+        [
+            ({}, {"torch_compile": True}, "torch_compile has compiled without it"),
+            ({"dropped": "keep"}, {"load_best_model_at_end": True}, "load_best_model_at_end reads.*dropped='revert'"),
+        ],
+    )
+    def test_arguments_of_a_trainer(self, settings, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            Regrowth(**settings).check_arguments(SimpleNamespace(**arguments))
+
+    def test_channels_that_matrices_share(self):
+        with pytest.raises(ValueError, match="coupled='both' chooses channels that several matrices share"):
+            check_movable(SimpleNamespace(coupled="both"))
+
+    def test_a_model_whose_gradients_nobody_sees(self):
+        _, model = small()
+        schedule, optimizer = Regrowth(every=2, share=1.0, score_steps=1), SMTAdamW(trainable(model))
+        schedule.begin(model, optimizer, 10)
+        schedule.after_update(1)
+        with pytest.raises(RuntimeError, match="regrowth saw no gradient of any of its 2 modules"):
+            schedule.after_update(2)
+
+
+@pytest.mark.parametrize("kind", BITSANDBYTES[:1])
+def test_blocks_of_a_quantised_base_are_regrown(kind):
+    """As on plain layers that hold the dequantised weights: the same blocks, and near values."""
+    torch.manual_seed(0)
+    float_net = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64)).requires_grad_(False)
+    packed = nn.Sequential(packed_linear(float_net[0], kind), nn.Tanh(), packed_linear(float_net[2], kind))
+    plain = nn.Sequential(plain_linear(packed[0]), nn.Tanh(), plain_linear(packed[2]))
+    config = {"target_modules": ["0", "2"], "block_size": 8, "density": 0.2, "score": "random"}
+    deltas, places = [], []
+    for base in (packed, plain):
+        model = get_peft_model(base, SMTConfig(**config)).train()
+        schedule, optimizer = Regrowth(dropped="keep", **SETTINGS), SMTAdamW(trainable(model), lr=1e-2)
+        schedule.begin(model, optimizer, STEPS)
+        for step in range(1, STEPS + 1):
+            x = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
+            (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.after_update(step)
+        schedule.end()
+        blocks = trained_blocks(model)
+        places.append({name: module.index for name, module in blocks.items()})
+        deltas.append({name: module.weight.detach() for name, module in blocks.items()})
+        assert schedule.replaced > 4
+    assert all(torch.equal(places[0][name], places[1][name]) for name in places[0])
+    for name, delta in deltas[0].items():
+        torch.testing.assert_close(delta, deltas[1][name], rtol=1e-3, atol=1e-4)
+
+
+RELOADED = """
+import sys
+import torch
+import smt_peft
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/base")
+model = PeftModel.from_pretrained(base, sys.argv[1] + "/adapter").eval()
+expected = torch.load(sys.argv[1] + "/logits.pt")
+inputs = torch.load(sys.argv[1] + "/inputs.pt")
+assert torch.equal(model(**inputs).logits, expected)
+merged = model.merge_and_unload()
+torch.testing.assert_close(merged(**inputs).logits, expected)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("dropped", ["revert", "keep"])
+def test_what_came_out_is_an_adapter_that_a_fresh_process_reads(dropped, tmp_path):
+    torch.manual_seed(0)
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, SMTConfig(block_size=8, density=0.1, score="random")).train()
+    before = {name: len(module.index) for name, module in trained_blocks(model).items()}
+    train(model, Regrowth(every=3, share=0.9, score_steps=2, dropped=dropped), 12, SMTAdamW(trainable(model), lr=1e-2))
+    after = {name: len(module.index) for name, module in trained_blocks(model).items()}
+    assert after == before if dropped == "revert" else sum(after.values()) > sum(before.values())
+    model.eval().save_pretrained(tmp_path / "adapter")
+    inputs = llama_batch(seed=99)
+    torch.save(inputs, tmp_path / "inputs.pt")
+    torch.save(model(**inputs).logits.detach(), tmp_path / "logits.pt")
+    done = subprocess.run([sys.executable, "-c", RELOADED, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "same", done.stderr
+
+
+@pytest.mark.parametrize("dropped", ["revert", "keep"])
+def test_a_loop_goes_on_from_what_was_saved_in_the_middle(dropped, tmp_path):
+    """Between two reselections, scores half gathered, blocks retired."""
+    settings = {"every": 6, "share": 0.9, "score_steps": 4, "dropped": dropped}
+    _, straight = small()
+    run(straight, Regrowth(**settings), SMTAdamW(trainable(straight), **NUMBERS))
+    _, first = small()
+    optimizer, schedule = SMTAdamW(trainable(first), **NUMBERS), Regrowth(**settings)
+    run(first, schedule, optimizer, steps=10)
+    saved = {"model": first.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    torch.save(saved, tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    _, again = small()
+    again.load_state_dict(saved["model"])
+    optimizer = SMTAdamW(trainable(again), **NUMBERS)
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule = Regrowth(**settings)
+    run(again, schedule, optimizer, first=11, state=saved["schedule"])
+    blocks = trained_blocks(straight)
+    assert any(module.retired is not None for module in blocks.values()) == (dropped == "keep")
+    for name, module in trained_blocks(again).items():
+        assert torch.equal(module.index, blocks[name].index) and torch.equal(module.weight, blocks[name].weight)
+        if dropped == "keep":
+            assert torch.equal(module.retired.weight, blocks[name].retired.weight)

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from runs import assert_resumed_alike
+from safetensors.torch import load_file
 
+from smt_peft import BlockSelection
+from smt_peft.report.files import FINAL_SELECTION, read_run
 from smt_peft.schedules import Freezing, LayerSampling
+from smt_peft.training import outputs
 from smt_peft.training.errors import ConfigError
 from smt_peft.training.run import train
 from smt_peft.training.yaml.schema import load_run
@@ -38,6 +43,56 @@ def test_regrown_blocks_go_on_from_a_checkpoint(workshop, tmp_path, optim, dropp
     """One that is saved while scores are gathered, and after blocks were replaced."""
     regrowth = {"every": 3, "score_steps": 3, "share": 0.9, "dropped": dropped}
     assert_resumed_alike(replace(workshop, directory=tmp_path), optim=optim, regrowth=regrowth)
+
+
+@pytest.mark.parametrize("dropped", ["revert", "keep"])
+def test_the_blocks_at_the_end_lie_beside_those_of_the_start(workshop, tmp_path, dropped):
+    """The adapter is verified against them, and a run that was cut off after its last step ends as it would have."""
+    workshop = replace(workshop, directory=tmp_path)
+    regrowth = {"every": 2, "score_steps": 1, "share": 0.9, "dropped": dropped}
+    steps = {"save_strategy": "steps", "save_steps": 8, "optim": "smt_adamw"}
+    path = workshop.write("run", regrowth=regrowth, verify=True, **steps)
+    metrics = train(load_run(path))
+    assert metrics["verified"]["selected"] and all(metrics["verified"]["passed"].values())
+    directory = tmp_path / "run"
+    start, final = (BlockSelection.load(directory / name) for name in (outputs.SELECTION, FINAL_SELECTION))
+    assert start != final and final.provenance["regrown_blocks"] > 0
+    assert metrics["trainable_parameters"] == start.effective_numel
+    assert (final.num_blocks > start.num_blocks) == (dropped == "keep")
+    assert read_run(directory).selection == final
+    assert final.summary() in (directory / outputs.REPORT).read_text()
+    trained = load_file(directory / "adapter_model.safetensors")
+    # Saved, and neither verified nor reported; then not saved either.
+    for lost in ((outputs.METRICS,), (outputs.METRICS, "adapter_model.safetensors", FINAL_SELECTION)):
+        for name in lost:
+            (directory / name).unlink()
+        again = train(load_run(path))
+        assert again["trainable_parameters"] == metrics["trainable_parameters"]
+        assert again["after"]["eval_loss"] == metrics["after"]["eval_loss"]
+        saved = load_file(directory / "adapter_model.safetensors")
+        assert saved.keys() == trained.keys() and all(torch.equal(saved[key], trained[key]) for key in saved)
+        assert BlockSelection.load(directory / FINAL_SELECTION) == final
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"optim": "adamw_torch"}, "optim: adamw_torch counts no steps by block.*say smt_adamw or"),
+        ({}, "optim: adamw_torch counts no steps by block"),
+        ({"optim": "smt_adamw", "layer_sampling": {}}, "both decide which blocks train; leave one of them out"),
+        ({"optim": "smt_adamw", "torch_compile": True}, "regrowth watches layers that torch_compile"),
+        ({"optim": "smt_adamw", "fsdp": "full_shard"}, "regrowth changes what trains, which FSDP does not follow"),
+        (
+            {"optim": "smt_adamw", "regrowth": {"every": 3}},
+            "score_steps=5 do not fit between two reselections, every=3",
+        ),
+        ({"optim": "smt_adamw", "regrowth": {"dropped": "burn"}}, "regrowth.dropped must be 'revert' or 'keep'"),
+    ],
+)
+def test_what_regrowth_does_not_go_with_is_said_with_its_line(workshop, changed, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_run(workshop.write("wrong", **{"regrowth": {}} | changed))
+    assert "line" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -272,14 +272,14 @@ def check_schedules(
     if any(isinstance(schedule, Regrowth) for schedule in schedules):
         if optim not in SMT_OPTIMIZERS:
             errors.add(
-                "optim",
+                "optim" if "optim" in trainer else Regrowth.name,
                 f"optim: {trainer.get('optim', 'adamw_torch')} counts no steps by block, which blocks that regrowth "
                 f"brings in need; say {' or '.join(SMT_OPTIMIZERS)}",
             )
         try:
             check_movable(smt)
         except ValueError as error:
-            errors.add("regrowth", str(error))
+            errors.add(Regrowth.name, str(error))
     if any(isinstance(schedule, LayerSampling) for schedule in schedules) and (
         optim.startswith(_WITHOUT_REST) or optim.endswith("_layerwise")
     ):

@@ -122,9 +122,9 @@ class Scheduled:
         self.schedule = Freezing(share=share, moments="drop") if share else None
         self.turns, self.steps = 1, 0
         if self.schedule:
-            modules = len(trained_blocks(self.training.model))
+            modules = trained_blocks(self.training.model).values()
             self.schedule.begin(self.training.model, self.training.optimizer, 0)
-            self.turns = math.ceil(modules / len(trained_blocks(self.training.model)))
+            self.turns = math.ceil(len(modules) / sum(blocks.weight.requires_grad for blocks in modules))
 
     def step(self, note: Note = lambda phase: None) -> float:
         """Seconds of one step."""

@@ -1,7 +1,8 @@
 """What the options of docs/neighbours.md cost, beside SMT without them and LoRA, at as many trained weights.
 
 Layers in turn are measured while the lowest trains, which takes most, and while the highest does: a step of the others
-lies between. Who trains next is decided once in many updates, which is no part of a step.
+lies between. Who trains next is decided once in many updates, which is no part of a step. A step with drop and regrow
+is the mean over a period, its reselection included.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from smt_peft.schedules import LayerSampling
 
 from .methods import Method, equal_rank, frozen, lora, smt, smt_config, targeted
 from .model import Case
+from .regrown import regrown
 from .result import Result
 from .step import compare
 
@@ -36,6 +38,7 @@ def neighbours(case: Case) -> dict[str, Method]:
         f"lora r{rank}, equal parameters": lora(rank, targets),
         "layers in turn, the lowest": replace(matched, schedule=lambda: LayerSampling(layers=1, order="ascending")),
         "layers in turn, the highest": replace(matched, schedule=lambda: LayerSampling(layers=1, order="descending")),
+        "drop and regrow": regrown(matched),
         "inputs in 8 bits": smt(density, targets, saved_activations="int8"),
         "paca": smt(density, targets, block_size=(-1, 1), spread="free"),
         "s2ft": channels(case, "consumers"),

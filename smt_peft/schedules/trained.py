@@ -14,7 +14,8 @@ def trained_blocks(model: nn.Module) -> dict[str, SMTBlocks]:
     """The blocks of the adapter that trains, by the name of their module in the base model, in the model's order.
 
     Raises:
-        ValueError: no adapter trains, or several do, or one of which some blocks are frozen.
+        ValueError: no adapter trains, or several do, or one of which some blocks are frozen, or lie beside low-rank
+            pairs.
     """
     adapters: dict[str, dict[str, SMTBlocks]] = {}
     for layer in model.modules():
@@ -33,6 +34,11 @@ def trained_blocks(model: nn.Module) -> dict[str, SMTBlocks]:
             "model.set_adapter(name)"
         )
     [(adapter, found)] = trained.items()
+    if any(isinstance(layer, SMTLayer) and layer.pair(adapter) is not None for layer in model.modules()):
+        raise ValueError(
+            f"adapter {adapter!r} has low-rank pairs beside its blocks (lora_rank), which a schedule would leave "
+            "training; leave lora_rank out, or the schedule"
+        )
     frozen = [name for name, blocks in found.items() if not blocks.weight.requires_grad]
     if frozen:
         raise ValueError(

@@ -277,6 +277,12 @@ def test_modules_belong_to_the_layer_that_their_path_numbers(names, layers):
     assert list(by_layer(dict.fromkeys(names))) == layers
 
 
+def test_low_rank_pairs_beside_the_blocks_are_refused_by_name():
+    model = adapted(lora_rank=2)
+    with pytest.raises(ValueError, match="low-rank pairs beside its blocks .lora_rank."):
+        LayerSampling().begin(model, optimizer_of(model), 10)
+
+
 def test_more_layers_than_there_are_is_refused_by_name():
     model = adapted(layers=2)
     with pytest.raises(ValueError, match="layers=3 train at a time, but only 2"):

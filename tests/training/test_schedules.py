@@ -134,6 +134,12 @@ def test_what_is_wrong_in_a_block_is_said_with_its_line(workshop, block, message
     assert "line" in str(caught.value)
 
 
+def test_low_rank_pairs_are_refused_beside_a_schedule_with_their_line(workshop):
+    smt = {**workshop.settings["smt"], "lora_rank": 2}
+    with pytest.raises(ConfigError, match=r"line \d+: smt.lora_rank does not go with layer_sampling"):
+        load_run(workshop.write("pairs", layer_sampling={"layers": 1}, smt=smt))
+
+
 def test_what_is_wrong_in_freezing_is_said_with_its_line(workshop):
     with pytest.raises(ConfigError, match="freezing.share: share must be above 0 and at most 0.95") as caught:
         load_run(workshop.write("wrong", freezing={"share": 0.97}))

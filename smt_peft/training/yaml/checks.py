@@ -268,6 +268,10 @@ def check_schedules(
             schedule.check_arguments(SimpleNamespace(**trainer))
         except ValueError as error:
             errors.add(schedule.name, str(error))
+    if smt is not None and smt.lora_rank is not None:
+        errors.add(
+            "smt.lora_rank", f"smt.lora_rank does not go with {names[0]}, which is for blocks; leave one of them out"
+        )
     optim = str(trainer.get("optim"))
     if any(isinstance(schedule, Regrowth) for schedule in schedules):
         if optim not in SMT_OPTIMIZERS:

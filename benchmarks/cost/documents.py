@@ -15,7 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "cost"
 #: How each column of `tables` is shown; others are ratios.
 FORMS = {"trained": ",d", "peak MiB": ".0f", "weights": ".0f", "training": ".0f", "transient": ".0f"}
 #: Of the freezing suite, whose models are small.
-FINE = {"saved": ".1f", "most saved": ".1f", "gradients": ".2f", "training": ".2f", "peak MiB": ".1f"}
+FINE = {"saved": ".1f", "most saved": ".1f", "gradients": ".3f", "training": ".2f", "peak MiB": ".1f"}
 
 
 def read(name: str) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def plan(
             f"the blocks are still to be chosen: as many columns touched as spread={run.smt.spread!r} alone makes it"
         )
     assumed += sorted({each.state.assumed for each in found if each.state.assumed})
+    assumed += [schedule.uncounted for schedule in run.schedules if schedule.uncounted]
     return Plan(
         f"{run.config.model_name_or_path}: {setting.sequences} x {setting.tokens} tokens on {setting.device.type}",
         setting,

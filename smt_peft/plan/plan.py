@@ -114,6 +114,7 @@ def plan(
         )
     assumed += [planned.turn.assumed] if planned.turn else []
     assumed += sorted({each.state.assumed for each in found if each.state.assumed})
+    assumed += [schedule.uncounted for schedule in run.schedules if schedule.uncounted]
     return Plan(
         f"{run.config.model_name_or_path}: {setting.sequences} x {setting.tokens} tokens on {setting.device.type}",
         setting,

@@ -47,6 +47,7 @@ class Regrowth(Schedule):
 
     name: ClassVar[str] = "regrowth"
     decides_what_trains: ClassVar[bool] = True
+    uncounted: ClassVar[str] = "regrowth: a step that gathers no scores; those that do keep the inputs of layers whole"
 
     every: int = 20
     share: float = 0.2

@@ -31,6 +31,9 @@ class Schedule(ABC):
     #: Whether it lets blocks rest and train again; of two that do, neither would know what the other has decided.
     decides_what_trains: ClassVar[bool] = False
 
+    #: What a plan of the memory leaves out, in words.
+    uncounted: ClassVar[str] = ""
+
     def check_arguments(self, args: Any) -> None:  # noqa: B027
         """Raise `ValueError` where the arguments of a trainer do not go with it; names one and the repair."""
 

@@ -40,7 +40,7 @@ ALLOWED = {
         "selection",
         "tuner",
     },
-    "plan": {"bases", "blocks", "config", "ops", "selection", "training", "tuner"},
+    "plan": {"bases", "blocks", "config", "ops", "schedules", "selection", "training", "tuner"},
     "integrations": {"config", "export", "say", "selection", "training"},
     "cli": {"bench", "export", "plan", "report", "say", "selection", "training"},
     "__init__": {"_register", "blocks", "config", "selection"},

@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 
-from . import fourbit, growth, large, step, warmup
+from . import fourbit, growth, large, step, turns, warmup
 from .model import Case
 from .result import ROOT, Result
 
 SMALL = ("step", "warmup", "fourbit", "growth")
+# Of options, run where they are asked for.
+OPTIONS = ("turns",)
 ROUNDS = {"step": 7}
 QUICK = Case(hidden=128, layers=2, tokens=32, density=0.02)
 
@@ -36,7 +38,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"{', '.join(SMALL)} (default: these), large")
+    parser.add_argument(
+        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SMALL)} (default: these), {', '.join(OPTIONS)}, large"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cost", help="folder of the JSON")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, help="timed rounds; step: 7, others: 5")
@@ -51,8 +55,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", metavar="BxT", help="large: 16x512 1x2048")
     parser.add_argument("--seconds", type=float, help="large: begin no method after these; see Plan")
     args = parser.parse_args(given)
-    if unknown := set(args.suites) - {*SMALL, "large"}:
-        parser.error(f"no suite {', '.join(sorted(unknown))}; there are {', '.join(SMALL)} and large")
+    if unknown := set(args.suites) - {*SMALL, *OPTIONS, "large"}:
+        parser.error(f"no suite {', '.join(sorted(unknown))}; there are {', '.join((*SMALL, *OPTIONS))} and large")
     return args
 
 
@@ -97,7 +101,7 @@ def run_small(name: str, args: argparse.Namespace) -> None:
     if name == "growth":
         growth.suite(result, **rounds, axes=args.axes, centre=centre)
     else:
-        {"step": step, "warmup": warmup, "fourbit": fourbit}[name].suite(result, centre, **rounds)
+        {"step": step, "warmup": warmup, "fourbit": fourbit, "turns": turns}[name].suite(result, centre, **rounds)
 
 
 def run_large(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.bases.targets import find_targets
 from smt_peft.optim import SMTAdamW
+from smt_peft.schedules import LayerSampling, Schedule
 
 from . import released
 from .model import Case
@@ -29,6 +30,7 @@ class Method:
         put_on: takes the frozen model and returns it with something to train in it.
         optimizer: takes the trainable parameters; None: nothing is trained, and a step is the frozen pass.
         autocast: whether the pass runs under bf16 autocast.
+        schedule: makes what decides which layers train; begun before the first step, and never asked again.
         build: makes the frozen model where it is not the one of all others.
     """
 
@@ -36,6 +38,7 @@ class Method:
     optimizer: Callable[..., torch.optim.Optimizer] | None = torch.optim.AdamW
     autocast: bool = False
     build: Callable[[], nn.Module] | None = None
+    schedule: Callable[[], Schedule] | None = None
 
     def on(self, base: nn.Module) -> Training:
         model = self.put_on(base).train()
@@ -44,7 +47,10 @@ class Method:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Parameters of a GPU: one fused kernel instead of several.
         fused = {"fused": True} if self.optimizer is torch.optim.AdamW and trained[0].is_cuda else {}
-        return Training(model, self.optimizer(trained, lr=1e-4, **fused), self.autocast)
+        optimizer = self.optimizer(trained, lr=1e-4, **fused)
+        if self.schedule is not None:
+            self.schedule().begin(model, optimizer, 1)
+        return Training(model, optimizer, self.autocast)
 
     def started(self, build: Callable[[], nn.Module], note: Note = lambda phase: None) -> Training:
         """On a model that is built for it; `note("method")` is called in between."""
@@ -126,6 +132,21 @@ def small(case: Case) -> dict[str, Method]:
         "dora r16": lora(16, case.targets, use_dora=True),
         f"shira r{rank}, equal parameters": shira(rank, case.targets),
         "full": full(),
+    }
+
+
+def in_turn(case: Case) -> dict[str, Method]:
+    """One layer at a time: a step while the lowest of them trains, which takes most, and one while the highest does."""
+    matched = smt(case.density, case.targets)
+
+    def training(order: str) -> Method:
+        return replace(matched, schedule=lambda: LayerSampling(layers=1, order=order))
+
+    return {
+        "frozen": frozen(),
+        "smt matched": matched,
+        "layers in turn, the lowest": training("ascending"),
+        "layers in turn, the highest": training("descending"),
     }
 
 

@@ -47,9 +47,21 @@ FAMILY: dict[str, dict[str, Any]] = {
     "activation": CHOSEN | {"score": "activation", "block_size": [-1, 1], "spread": "free"},
     "released": CHOSEN | {"score": "mean_abs", "budget": "global", "spread": "free"},
 }
+
+
+def _in_turn(name: str) -> dict[str, Any]:
+    """A preset of layers in turn, which the papers set for thousands of steps: here others train after 5 updates.
+
+    So the four layers of a task take four turns each with 80 steps, one at a time; with K = 100 one layer alone would
+    train, with K = 20 some never would.
+    """
+    return {"layer_sampling": preset(name)["layer_sampling"] | {"every": 5}}
+
+
 #: What related methods add to SMT: a row each of docs/neighbours.md.
 NEIGHBOURS: dict[str, dict[str, Any]] = {
-    "lisa": CHOSEN | {"schedules": preset("lisa")},
+    "lisa": CHOSEN | {"schedules": _in_turn("lisa")},
+    "badam": CHOSEN | {"schedules": _in_turn("badam")},
     "spiel": CHOSEN | {"schedules": {"regrowth": preset("spiel")["regrowth"]}},
 }
 FAMILY |= NEIGHBOURS

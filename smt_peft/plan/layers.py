@@ -7,7 +7,7 @@ each time, so the moments of a round that is left out are those of the middle on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..blocks import BlockGrid, BlockSelection
+from ..tuner.delta import SMTBlocks
 from .packed import PackedLinear, stored_bytes
 
 _ROUNDS = 3
@@ -54,6 +55,11 @@ class Layers:
         times = {id(p): count for module, count in self.counted(model) for p in module.parameters(recurse=False)}
         return [p for p in model.parameters() if p.requires_grad for _ in range(times[id(p)])]
 
+    def resting(self, model: nn.Module) -> list[nn.Parameter]:
+        """The blocks that train at another time, one that stands for several as often."""
+        counted = [(module.weight, times) for module, times in self.counted(model) if isinstance(module, SMTBlocks)]
+        return [weight for weight, times in counted if not weight.requires_grad for _ in range(times)]
+
 
 def stack_of(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The list of layers that holds most of the weights."""
@@ -61,12 +67,13 @@ def stack_of(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return max(stacks.items(), key=lambda item: stored_bytes(item[1]), default=None)
 
 
-def abridge(model: nn.Module, selection: BlockSelection) -> tuple[Layers, BlockSelection]:
+def abridge(model: nn.Module, selection: BlockSelection, apart: Collection[str] = ()) -> tuple[Layers, BlockSelection]:
     """Take layers out of a model on the meta device that others can stand for.
 
     Args:
         model: without an adapter; changed.
         selection: of the whole model.
+        apart: names of layers that are like none of the others.
 
     Returns:
         The layers, and what of the selection is left. Both are whole where layers are not alike, or are few.
@@ -75,7 +82,11 @@ def abridge(model: nn.Module, selection: BlockSelection) -> tuple[Layers, BlockS
     if found is None:
         return Layers(), selection
     name, stack = found
-    kept, period = _kept(_likenesses(model, name, stack, selection))
+    alike = [
+        (f"{name}.{number}" in apart, *likeness)
+        for number, likeness in enumerate(_likenesses(model, name, stack, selection))
+    ]
+    kept, period = _kept(alike)
     total = len(stack)
     if kept == total:
         return Layers(stack), selection

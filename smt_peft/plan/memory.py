@@ -58,6 +58,7 @@ def memory(
     prepare: Callable[[nn.Module], Loss] | None = None,
     both: bool = False,
     layers: Layers | None = None,
+    settle: Callable[[nn.Module], None] = lambda model: None,
 ) -> Memory:
     """Count one method.
 
@@ -68,8 +69,10 @@ def memory(
         prepare: makes the loss of a model; None: the one that it computes itself.
         both: whether to count a step with checkpointing and one without.
         layers: those of the model that stand for others; None: there are none.
+        settle: does to the model what is done to it last, before the training begins.
     """
     layers = layers or Layers()
+    settle(model)
     trained = layers.trained(model)
     own = optimizer(setting.optimizer, setting.device.type)
     count = partial(
@@ -83,12 +86,15 @@ def memory(
         layers=layers,
     )
     can_checkpoint = _checkpointing(model, setting.checkpointing)
+    settle(model)
     as_set, other = count(), None
     if both and can_checkpoint:
         _checkpointing(model, not setting.checkpointing)
+        settle(model)
         other = count()
     state = state_of(model, own, layers)
-    found = Memory(method, sum(p.numel() for p in trained), state, as_set, other, setting)
+    trainable = sum(p.numel() for p in (*trained, *layers.resting(model)))
+    found = Memory(method, trainable, state, as_set, other, setting)
     return _among(found, model) if setting.processes > 1 else found
 
 

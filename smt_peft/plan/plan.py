@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import nn
 
 from ..blocks import BlockSelection
 from ..config import SMTConfig
+from ..schedules import LayerSampling
 from ..training.errors import ConfigError
 from . import methods
 from .changes import Case, Change, cheapest, dials
 from .layers import Layers, abridge
 from .memory import Memory, choosing, memory
+from .resting import Turn
 from .setting import Setting
 from .source import base, setting_of, trainer_loss
 
@@ -105,6 +108,7 @@ def plan(
         assumed.append(
             f"the blocks are still to be chosen: as many columns touched as spread={run.smt.spread!r} alone makes it"
         )
+    assumed += [planned.turn.assumed] if planned.turn else []
     assumed += sorted({each.state.assumed for each in found if each.state.assumed})
     assumed += [schedule.uncounted for schedule in run.schedules if schedule.uncounted]
     return Plan(
@@ -125,6 +129,8 @@ class _Planned:
 
     def __init__(self, run: Run):
         self.run, self.chosen = run, run.selection != "auto"
+        sampling = next((schedule for schedule in run.schedules if isinstance(schedule, LayerSampling)), None)
+        self.turn = sampling and Turn(sampling)
         self._known: dict[Any, Any] = {}
 
     def selection(self, case: Case) -> BlockSelection:
@@ -135,7 +141,7 @@ class _Planned:
         def put_on(model: nn.Module, rest: BlockSelection) -> nn.Module:
             return methods.smt(model, self._config(case), rest)
 
-        return self._once(("step", case), lambda: self._memory("SMT", case, put_on, both))
+        return self._once(("step", case), lambda: self._memory("SMT", case, put_on, both, self._settle(case)))
 
     def rivals(self, case: Case) -> Iterator[Memory]:
         for name, put_on in methods.rivals(
@@ -176,16 +182,26 @@ class _Planned:
         model, layers, _ = self._abridged(case)
         return choosing(model, self._config(case), case.setting, layers)
 
-    def _memory(self, name: str, case: Case, put_on: methods.PutOn, both: bool = False) -> Memory:
+    def _settle(self, case: Case) -> Callable[[nn.Module], None]:
+        return partial(self.turn.settle, selection=self.selection(case)) if self.turn else lambda model: None
+
+    def _memory(
+        self,
+        name: str,
+        case: Case,
+        put_on: methods.PutOn,
+        both: bool = False,
+        settle: Callable[[nn.Module], None] = lambda model: None,
+    ) -> Memory:
         model, layers, rest = self._abridged(case)
-        return memory(name, put_on(model, rest), case.setting, trainer_loss, both, layers)
+        return memory(name, put_on(model, rest), case.setting, trainer_loss, both, layers, settle)
 
     def _abridged(self, case: Case) -> tuple[nn.Module, Layers, BlockSelection]:
         """A model of one's own, as it cannot have an adapter twice."""
 
         def make() -> tuple[nn.Module, Layers, BlockSelection]:
-            model = base(self.run, case.setting)
-            return model, *abridge(model, self.selection(case))
+            model, selection = base(self.run, case.setting), self.selection(case)
+            return model, *abridge(model, selection, self.turn.layers(selection) if self.turn else ())
 
         *model, rest = self._once(("model", case.setting.packing, case.smt), make)
         return *copy.deepcopy(model), rest

@@ -69,7 +69,7 @@ def state_of(model: nn.Module, optimizer: Optimizer, layers: Layers | None = Non
             weights[module.packing.name] += times * module.packing.bytes(module.out_features, module.in_features)
     return State(
         dict(weights),
-        sum(parameter.nbytes for parameter in trained if id(parameter) in adapter),
+        sum(p.nbytes for p in (*(p for p in trained if id(p) in adapter), *layers.resting(model))),
         sum(times * _tables(module) for module, times in layers.counted(model) if isinstance(module, SMTBlocks)),
         sum(optimizer.moments(parameter) for parameter in trained),
         optimizer.assumed,

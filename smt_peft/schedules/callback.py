@@ -86,8 +86,8 @@ class ScheduleCallback(TrainerCallback):
     def _read(self, checkpoint: Path) -> dict[str, Any]:
         if not (checkpoint / FILE).is_file():
             raise ValueError(
-                f"{checkpoint} has no {FILE}, so it was saved without a schedule; resume without one, start anew, or, if "
-                "another checkpoint was meant, name it in TrainingArguments(resume_from_checkpoint=...) as well"
+                f"{checkpoint} has no {FILE}, so it was saved without a schedule; resume without one or start anew, or "
+                "name the checkpoint that was meant in TrainingArguments(resume_from_checkpoint=...) as well"
             )
         saved = torch.load(checkpoint / FILE, weights_only=True, map_location="cpu")
         if saved.keys() != {schedule.name for schedule in self.schedules}:

@@ -27,18 +27,23 @@ class Moments:
         optimizer: whose state it is; one wrapped by Accelerate is unwrapped.
         keeping: `"drop"`: parameters that train again start with fresh moments and a step count of their own;
             `"move"`: the state waits in the memory of the CPU, and they go on from it, bit for bit.
-        parameters: all that may rest, by name.
+        parameters: all that may rest, by name, for the optimizer to hold; None: whatever it holds.
 
     Raises:
         ValueError: the optimizer does not hold one of these parameters, or keeps what it has dropped (bitsandbytes'
             paged ones, which list their pages for good).
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, keeping: Keeping, parameters: Mapping[str, nn.Parameter]):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        keeping: Keeping,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+    ):
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
         self.keeping = keeping
         self._resting: dict[str, dict[str, Any]] = {}
-        self._check(parameters)
+        self._check(parameters or {})
 
     def rest(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Take the state of these parameters, given with their names, out of the optimizer."""
@@ -59,9 +64,10 @@ class Moments:
             if state := self._resting.pop(name, None):
                 self.optimizer.state[parameter] = _given(state, parameter.device)
 
-    def forget(self) -> None:
-        """What is away stays away: parameters that train again start afresh."""
-        self._resting.clear()
+    def release(self) -> None:
+        """Let go of the optimizer, and of what was moved away."""
+        self.optimizer = None
+        self._resting = {}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """What was moved away, by name."""

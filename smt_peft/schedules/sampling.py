@@ -91,11 +91,11 @@ class LayerSampling(Schedule):
 
     def end(self) -> None:
         """All blocks train again. The moments of resting layers are given up: on the device they may have no room."""
-        self._moments.forget()
         train_only(self._blocks, set(self._blocks))
         if self._input is not None:
             self._input.remove()
-        self._begun = False
+        self._moments.release()
+        self._blocks, self._layers, self._input, self._begun = {}, {}, None, False
 
     def state_dict(self) -> dict[str, Any]:
         return {"period": self._period, "moments": self._moments.state_dict()}

@@ -233,6 +233,20 @@ def test_the_step_suite_compares_every_method_with_and_without_checkpointing(tmp
     assert "released, clustered" in capsys.readouterr().out
 
 
+def test_layers_in_turn_hold_moments_and_gradients_of_one_and_save_less_the_higher_it_is(tmp_path):
+    size = ["--hidden", "64", "--layers", "3", "--tokens", "16", "--density", "0.05"]
+    command.main(["turns", "--quick", "--rounds", "1", "--out", str(tmp_path), *size])
+    found = json.loads((tmp_path / "turns_cpu.json").read_text())
+    check_rows(found)
+    for point in ("plain", "checkpointed"):
+        of = {row["method"]: row for row in found["rows"] if row["point"] == point}
+        whole, lowest, highest = (of[name] for name in list(of)[1:])
+        layers = whole["layers"]
+        assert lowest["gradient_bytes"] == highest["gradient_bytes"] == whole["gradient_bytes"] // layers
+        assert highest["saved_bytes"] < lowest["saved_bytes"] <= whole["saved_bytes"]
+        assert highest["peak_bytes"] <= lowest["peak_bytes"] < whole["peak_bytes"]
+
+
 def test_the_warm_up_is_inside_the_cost_of_a_run(tmp_path):
     found = run_suite(tmp_path, "warmup")
     check_rows(found)

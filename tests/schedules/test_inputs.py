@@ -56,6 +56,7 @@ def test_backward_ends_above_the_lowest_layer_that_trains(checkpointing):
     assert {name for name, module in blocks.items() if module.weight.grad is not None} == layer
     model.zero_grad()
     schedule.end()
+    assert all(module.weight.requires_grad for module in blocks.values())
     # What was asked for holds again.
     assert layers_in_backward(model) == {0, 1, 2, 3}
 

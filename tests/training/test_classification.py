@@ -143,6 +143,10 @@ def test_it_resumes_with_the_losses_of_one_that_never_stopped(reviews):
     assert_resumed_alike(reviews, verify=True)
 
 
+def test_layers_in_turn_resume_within_a_period_and_the_head_always_trains(reviews):
+    assert_resumed_alike(reviews, layer_sampling={"layers": 1, "every": 3, "order": "shuffle", "moments": "move"})
+
+
 @pytest.mark.parametrize("name", ["roberta", "deberta", "modernbert", "llama"])
 def test_every_architecture_trains_and_verifies(name, reviews, workshop, tmp_path):
     """Of DeBERTa a pooler is new besides the head, of RoBERTa linear layers lie in the head, a Llama needs padding."""

@@ -151,6 +151,11 @@ def test_it_resumes_with_the_losses_of_one_that_never_stopped(preferences):
     assert_resumed_alike(preferences)
 
 
+def test_layers_in_turn_resume_between_two_periods(preferences):
+    """The reference is the base, whatever trains."""
+    assert_resumed_alike(preferences, layer_sampling={"layers": 1, "every": 4, "moments": "move"})
+
+
 def test_the_reference_may_be_computed_beforehand(preferences):
     path = preferences.write("on_the_way", max_steps=3)
     straight = train(load_run(path))

@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ from packing import BITSANDBYTES, packed_linear, plain_linear
 from peft import get_peft_model
 from scheduled import adapted, train
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from smt_peft import SMTConfig
 from smt_peft.optim import SMTAdamW
@@ -490,7 +491,7 @@ import sys
 import torch
 import smt_peft
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/base")
 model = PeftModel.from_pretrained(base, sys.argv[1] + "/adapter").eval()
 expected = torch.load(sys.argv[1] + "/logits.pt")
@@ -544,3 +545,83 @@ def test_a_loop_goes_on_from_what_was_saved_in_the_middle(dropped, tmp_path):
         assert torch.equal(module.index, blocks[name].index) and torch.equal(module.weight, blocks[name].weight)
         if dropped == "keep":
             assert torch.equal(module.retired.weight, blocks[name].retired.weight)
+
+
+@pytest.mark.parametrize("dropped", ["revert", "keep"])
+def test_a_plain_trainer_resumes_as_if_it_had_not_stopped(dropped, tmp_path):
+    def trained(resume=None):
+        torch.manual_seed(0)
+        model = adapted(layers=1)
+        rows = [{"input_ids": torch.arange(6) + i, "labels": torch.arange(6) + i} for i in range(16)]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=10,
+            save_steps=5,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to=[],
+        )
+        schedule = Regrowth(every=3, share=0.9, score_steps=2, dropped=dropped)
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=rows,
+            callbacks=[ScheduleCallback(schedule)],
+            optimizer_cls_and_kwargs=(SMTAdamW, {"lr": 1e-2}),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        assert schedule.replaced > 0
+        return {name: (module.index, module.weight.detach()) for name, module in trained_blocks(model).items()}
+
+    straight = trained()
+    resumed = trained(resume=str(tmp_path / "checkpoint-5"))
+    for name, (index, weight) in straight.items():
+        assert torch.equal(resumed[name][0], index) and torch.equal(resumed[name][1], weight)
+
+
+TWO_PROCESSES = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import torch
+import torch.distributed as dist
+from helpers import batch
+from scheduled import adapted
+from torch.nn.parallel import DistributedDataParallel
+from smt_peft.optim import SMTAdamW
+from smt_peft.schedules import Regrowth
+from smt_peft.schedules.trained import trained_blocks
+dist.init_process_group("gloo")
+model = adapted(layers=1)
+whole = DistributedDataParallel(model)
+blocks = trained_blocks(model)
+optimizer = SMTAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+schedule = Regrowth(every=3, share=0.9, score_steps=2, dropped="keep")
+schedule.begin(model, optimizer, 12)
+for step in range(1, 13):
+    whole(**batch(seed=2 * step + dist.get_rank())).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.after_update(step)
+schedule.end()
+assert schedule.replaced > 0
+for name, module in blocks.items():
+    for tensor in (module.index, module.weight.detach()):
+        others = [torch.empty_like(tensor) for _ in range(2)]
+        dist.all_gather(others, tensor.contiguous())
+        assert torch.equal(*others), name
+print("alike", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_that_see_other_data_choose_the_same_blocks(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(TWO_PROCESSES)
+    here = Path(__file__).parent
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [*launch, str(script), str(here), str(here.parent)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.count("alike") == 2, done.stderr

@@ -8,7 +8,7 @@ from helpers import Mlp
 from peft import get_peft_model
 
 from smt_peft import SMTConfig, select_blocks
-from smt_peft.agreement import disagreements
+from smt_peft.config.agreement import disagreements
 
 MADE = {
     "density": 0.3,

@@ -13,9 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "smt_peft"
 ALLOWED = {
     "blocks": set(),
     "say": set(),
-    "agreement": {"blocks"},
     "_register": {"config", "tuner"},
-    "config": {"agreement", "blocks"},
+    "config": {"blocks"},
     "presets": set(),
     "bases": {"blocks", "config", "say"},
     "ops": {"blocks", "say"},
@@ -28,7 +27,6 @@ ALLOWED = {
     "report": {"blocks", "config", "export", "ops", "say"},
     "training": {
         "__init__",
-        "agreement",
         "bases",
         "blocks",
         "config",

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ...agreement import disagreements
 from ...blocks import BlockSelection
 from ...config import SMTConfig
+from ...config.agreement import disagreements
 from ...schedules import LayerSampling, Regrowth, Schedule
 from ...schedules.callback import check_engine, check_together
 from ...schedules.regrowth import check_movable

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -17,46 +15,11 @@ from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
 from safetensors import SafetensorError, safe_open
 
+from ..blocks import BlockGrid, BlockSelection
 from .agreement import disagreements
-from .blocks import BlockGrid, BlockSelection
+from .checks import check
+from .choices import CALLABLE_PREFIX, DATA_FREE_SCORES, MAX_AUTO_SIDE, MIN_AUTO_SIDE
 
-SCORES = (
-    "grad_abs",
-    "grad_sum_abs",
-    "mean_abs",
-    "grad_sq",
-    "taylor",
-    "activation",
-    "magnitude",
-    "small_magnitude",
-    "low_rank_magnitude",
-    "random",
-    "diagonal",
-)
-DATA_FREE_SCORES = ("magnitude", "small_magnitude", "low_rank_magnitude", "random", "diagonal")
-BUDGETS = ("global", "per_module", "per_layer")
-# Fields that PEFT or a saved adapter records, and no choice of a user.
-RECORDED = frozenset(
-    {
-        "auto_mapping",
-        "base_fingerprint",
-        "base_model_name_or_path",
-        "base_quantization",
-        "block_pattern",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "task_type",
-    }
-)
-SPREADS = ("free", "capped", "assignment")
-COUPLED = ("both", "consumers")
-FORWARDS = ("auto", "additive", "swap", "overlay")
-SAVED_ACTIVATIONS = ("full", "int8")
-MIN_AUTO_SIDE, MAX_AUTO_SIDE = 4, 256
-DEFAULT_DENSITY = 0.01
-CALLABLE_PREFIX = "callable:"
 CARD_NOTE = """### Loading this adapter
 
 It is an SMT adapter (blocks of the base weights). PEFT reads it once `smt_peft` has been imported; without that line it
@@ -188,13 +151,7 @@ class SMTConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.SMT
-        self._check_targets()
-        self._check_runtime()
-        self._check_reuse()
-        self._check_coupled()
-        self._check_amount()
-        self._check_choice()
-        self._check_low_rank()
+        check(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings that are saved: everything but `selection` and `avoid`; a callable score by its name."""
@@ -290,61 +247,6 @@ class SMTConfig(PeftConfig):
         side = max(MIN_AUTO_SIDE, min(MAX_AUTO_SIDE, density * min(shape)))
         return BlockGrid.fit(shape, 2 ** math.floor(math.log2(side)))
 
-    def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            names = [value] if isinstance(value, str) else value
-            if value is not None and not (
-                isinstance(names, (list, tuple, set)) and all(isinstance(name, str) for name in names)
-            ):
-                raise ValueError(f"{name} must be names, a regex or None, got {value!r}")
-            if isinstance(value, str) and value != "all-linear":
-                _compile(value, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
-        layers = self.layers_to_transform
-        if layers is not None and not all(
-            _is_int(n) for n in (layers if isinstance(layers, (list, tuple)) else [layers])
-        ):
-            raise ValueError(f"layers_to_transform must be an int or a list of ints, got {layers!r}")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        names = self.target_parameters
-        if isinstance(names, str) or not all(isinstance(name, str) and name for name in names or ()):
-            raise ValueError(f"target_parameters must be a list of parameter names or None, got {names!r}")
-        if names is not None:
-            self.target_parameters = sorted(set(names))
-
-    def _check_coupled(self) -> None:
-        if self.coupled is None:
-            return
-        if self.coupled not in COUPLED:
-            raise ValueError(
-                "coupled must be 'both' (all of a channel trains), 'consumers' (its columns alone) or None, "
-                f"got {self.coupled!r}"
-            )
-        against = {
-            "block_size": (self.block_size != "auto", "a channel has the shape that its matrices give it"),
-            "num_blocks": (self.num_blocks is not None, "blocks of a channel differ in size; set density"),
-            "spread": (self.spread == "capped", "a channel is one whole stripe"),
-            "budget": (isinstance(self.budget, Mapping), "take 'per_module', 'per_layer' or 'global'"),
-            "max_column_share": (self.max_column_share is not None, "density is the share of the columns"),
-            "max_lora_rank": (self.max_lora_rank is not None, "density bounds the rank: one per row or column"),
-            "avoid": (self.avoid is not None, "a channel is chosen whole, whatever single blocks others have"),
-            "target_parameters": (self.target_parameters is not None, "channels of bare parameters are not known"),
-            "score": (self.score == "diagonal", "whole rows and columns have no diagonal; take 'random'"),
-        }
-        for name, (given, reason) in against.items():
-            if given:
-                value = "" if name == "avoid" else f"={getattr(self, name)!r}"
-                raise ValueError(
-                    f"{name}{value} contradicts coupled={self.coupled!r}: {reason}. Leave {name} out, or coupled"
-                )
-
     def check_agreement(self, selection: BlockSelection) -> None:
         """Raise `ValueError`, naming the field, when a setting is not what the selection was made with.
 
@@ -360,179 +262,9 @@ class SMTConfig(PeftConfig):
         for message in disagreements(selection, given).values():
             raise ValueError(message)
 
-    def _check_reuse(self) -> None:
-        """Before `density` gets its default: then it shows whether it was given."""
-        if isinstance(self.selection, BlockSelection):
-            self.check_agreement(self.selection)
-        elif self.selection is not None and Path(self.selection).is_file():
-            self.check_agreement(BlockSelection.load(self.selection))
-
-    def _check_amount(self) -> None:
-        if self.density is None and self.num_blocks is None:
-            self.density = DEFAULT_DENSITY
-        if self.density is not None and self.num_blocks is not None:
-            raise ValueError(f"both density={self.density} and num_blocks={self.num_blocks} are set; keep one of them")
-        if self.density is not None:
-            _check_share("density", self.density)
-        elif not _is_int(self.num_blocks) or self.num_blocks < 1:
-            raise ValueError(f"num_blocks must be a positive int, got {self.num_blocks!r}")
-        self._check_density_pattern()
-        self._check_block_size()
-        if self.max_column_share is not None:
-            _check_share("max_column_share", self.max_column_share)
-        if self.max_lora_rank is not None and (not _is_int(self.max_lora_rank) or self.max_lora_rank < 1):
-            raise ValueError(f"max_lora_rank must be a positive int, got {self.max_lora_rank!r}")
-
-    def _check_density_pattern(self) -> None:
-        pattern = self.density_pattern
-        if pattern is None:
-            return
-        if not isinstance(pattern, Mapping) or not pattern:
-            raise ValueError(f"density_pattern must be {{regex: density}} entries or None, got {pattern!r}")
-        if self.num_blocks is not None:
-            raise ValueError(
-                "density_pattern counts weights, but num_blocks counts blocks; set density instead of num_blocks"
-            )
-        for key, density in pattern.items():
-            _compile(key, "density_pattern")
-            _check_share(f"density_pattern[{key!r}]", density)
-
-    def _check_block_size(self) -> None:
-        size = self.block_size
-        if size == "auto":
-            if self.density is None:
-                raise ValueError(
-                    "block_size='auto' follows from density, but num_blocks is set; give block_size a number, "
-                    "e.g. 64, or set density instead of num_blocks"
-                )
-            return
-        sides = [size, size] if _is_int(size) else size
-        if not isinstance(sides, (list, tuple)) or len(sides) != 2 or not all(_is_int(side) for side in sides):
-            raise ValueError(f"block_size must be 'auto', an int or (rows, cols), got {size!r}")
-        if any(side < 1 and side != -1 for side in sides):
-            raise ValueError(f"block_size must be positive, or -1 for the whole side, got {size!r}")
-        if not _is_int(size):
-            self.block_size = list(size)
-
-    def _check_choice(self) -> None:
-        if not callable(self.score) and not str(self.score).startswith(CALLABLE_PREFIX):
-            _check_name("score", self.score, SCORES)
-        _check_name("spread", self.spread, SPREADS)
-        _check_name("forward", self.forward, FORWARDS)
-        _check_name("saved_activations", self.saved_activations, SAVED_ACTIVATIONS)
-        if not isinstance(self.budget, Mapping):
-            _check_name("budget", self.budget, BUDGETS)
-            return
-        if not self.budget:
-            raise ValueError("budget is an empty map; give {regex: share} entries or one of " + ", ".join(BUDGETS))
-        for pattern, share in self.budget.items():
-            _compile(pattern, "budget")
-            _check_share(f"budget[{pattern!r}]", share)
-        if sum(self.budget.values()) > 1 + 1e-9:
-            raise ValueError(
-                f"the shares of budget add up to {sum(self.budget.values()):g}; they divide one budget, "
-                "so lower them to at most 1 in total"
-            )
-
-    def _check_low_rank(self) -> None:
-        if self.lora_rank is None:
-            for name, default in (("lora_alpha", None), ("lora_dropout", 0.0)):
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} has no effect without lora_rank; set lora_rank, or leave "
-                        f"{name} out"
-                    )
-            return
-        if not _is_int(self.lora_rank) or self.lora_rank < 1:
-            raise ValueError(f"lora_rank must be a positive int or None, got {self.lora_rank!r}")
-        if self.lora_alpha is not None and not (_is_number(self.lora_alpha) and 0 < self.lora_alpha < math.inf):
-            raise ValueError(f"lora_alpha must be a number above 0 or None, got {self.lora_alpha!r}")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be at least 0 and below 1, got {self.lora_dropout!r}")
-        if self.max_lora_rank is not None and self.max_block_rank < 1:
-            raise ValueError(
-                f"max_lora_rank={self.max_lora_rank} is the rank of blocks and low-rank pair together, and "
-                f"lora_rank={self.lora_rank} leaves none of it to the blocks; raise max_lora_rank, or lower lora_rank"
-            )
-        if self.target_parameters:
-            raise ValueError(
-                f"lora_rank={self.lora_rank} puts a low-rank pair beside the blocks of linear layers, and "
-                f"target_parameters={self.target_parameters} names bare parameters; leave one of them out"
-            )
-
-    def _check_runtime(self) -> None:
-        if isinstance(self.selection, Path):
-            self.selection = str(self.selection)
-        if not isinstance(self.selection, (BlockSelection, str, type(None))):
-            raise ValueError(
-                f"selection must be a BlockSelection, the path of one, or None, got {type(self.selection).__name__}"
-            )
-        given = self.avoid if isinstance(self.avoid, (list, tuple)) else [self.avoid]
-        given = [str(each) if isinstance(each, Path) else each for each in given]
-        if not all(isinstance(each, (BlockSelection, str, type(None))) for each in given):
-            raise ValueError(f"avoid must be a BlockSelection, the path of one, a list of these, or None, got {given}")
-        self.avoid = given or None if isinstance(self.avoid, (list, tuple)) else given[0]
-        if not _is_int(self.seed):
-            raise ValueError(f"seed must be an int, got {self.seed!r}")
-        damaged = "adapter_config.json is damaged, restore it or save the adapter again"
-        if not isinstance(self.block_pattern or {}, dict):
-            raise ValueError(f"block_pattern must be a map, got {self.block_pattern!r}; {damaged}")
-        values = self.base_fingerprint or {}
-        if not isinstance(values, dict) or not all(_is_sample(row) for row in values.values()):
-            raise ValueError(f"base_fingerprint must map modules to lists of floats; {damaged}")
-        if not isinstance(self.base_quantization or {}, dict):
-            raise ValueError(f"base_quantization must be a map, got {self.base_quantization!r}; {damaged}")
-        for name, entry in (self.block_pattern or {}).items():
-            valid = isinstance(entry, (list, tuple)) and len(entry) == 3 and all(_is_int(n) and n > 0 for n in entry)
-            if not valid:
-                raise ValueError(
-                    f"block_pattern[{name!r}] must be [num_blocks, rows, cols], three positive ints, got "
-                    f"{entry!r}; {damaged}"
-                )
-
 
 def copy_without(config: SMTConfig, name: str) -> SMTConfig:
     """A shallow copy with one field set to None; `asdict` would deep-copy the tensors of a selection."""
     clone = copy.copy(config)
     setattr(clone, name, None)
     return clone
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_sample(row: Any) -> bool:
-    """Whether this is a `fingerprint.Sample`: floats, or pairs of floats."""
-    if not isinstance(row, list):
-        return False
-    pairs = [value if isinstance(value, list) else [value, 0.0] for value in row]
-    return len({type(value) for value in row}) <= 1 and all(
-        len(pair) == 2 and all(isinstance(value, float) for value in pair) for pair in pairs
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_share(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 < value <= 1:
-        raise ValueError(f"{name} must be above 0 and at most 1 (a share, 0.01 is 1 %), got {value!r}")
-
-
-def _check_name(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown {name} {value!r}; {hint}known are {', '.join(known)}")
-
-
-def _compile(pattern: str, name: str) -> None:
-    if not isinstance(pattern, str):
-        raise ValueError(f"{name} {pattern!r} is no regular expression; write it as text")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{name} {pattern!r} is no valid regular expression ({error})") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .blocks import BlockGrid, BlockSelection
+from ..blocks import BlockGrid, BlockSelection
 
 # What a selection records, and what is settled by it. Its seed is not among them: the order of the rows follows it too.
 _SAME = ("density", "num_blocks", "density_pattern", "score", "budget", "spread")

@@ -57,6 +57,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost-step": partial(steps, "step_cpu", "0.84%"),
     "cost-step-checkpointed": partial(steps, "step_cpu", "0.84%, checkpointed"),
     "cost-step-dense": partial(steps, "step_cpu_0.049", "4.90%"),
+    "cost-neighbours": partial(steps, "neighbours_cpu", "plain"),
     "cost-nf4": partial(steps, "fourbit_cpu", "nf4"),
     "cost-nf4-checkpointed": partial(steps, "fourbit_cpu", "nf4, checkpointed"),
     "cost-freezing": lambda: shown(tables.freezing(read("freezing_cpu")), FINE),

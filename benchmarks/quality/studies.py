@@ -78,6 +78,7 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
 }
 #: Where the searches of those start whose rates are not AdamW's.
 NEIGHBOUR_START = {"mezo": 0.128, "sparse mezo": 0.128}
+NEIGHBOUR_TASKS = ("sort", "shift")
 FAMILY |= NEIGHBOURS
 
 
@@ -200,8 +201,9 @@ def transfer() -> Iterator[Cell]:
 
 
 def neighbours() -> Iterator[Cell]:
+    """On the skill where LoRA does best, and on another."""
     for name in ("smt", *NEIGHBOURS):
-        yield from (cell(task, name, 2) for task in SKILLS)
+        yield from (cell(task, name, 2) for task in NEIGHBOUR_TASKS)
 
 
 STUDIES: dict[str, Callable[[], Iterator[Cell]]] = {

@@ -11,7 +11,7 @@ from ..markdown import table
 from .agreement import FILE as AGREEMENT
 from .methods import RIVALS
 from .results import Outcome, Runs
-from .studies import LONG, NEIGHBOURS, SKILLS, STUDIES, Cell, cell
+from .studies import LONG, NEIGHBOUR_TASKS, NEIGHBOURS, SKILLS, STUDIES, Cell, cell
 
 TITLES = {
     "smt": "**SMT** (defaults)",
@@ -237,7 +237,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-longer": partial(core, LONG, 2, ("smt", "lora")),
     "quality-family": partial(core, SKILLS, 2, (*CORE, *FAMILY)),
     "quality-rivals": partial(core, ("sort",), 2, (*CORE, *(name for name in RIVALS if name not in CORE))),
-    "quality-neighbours": partial(core, SKILLS, 2, ("full", "smt", "lora", *NEIGHBOURS)),
+    "quality-neighbours": partial(core, NEIGHBOUR_TASKS, 2, ("full", "smt", "lora", *NEIGHBOURS)),
     "quality-budgets": budgets,
     "quality-spread": spread,
     "quality-blocks": partial(variants, "blocks", ON_SKILLS),

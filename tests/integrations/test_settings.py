@@ -75,7 +75,7 @@ def test_maps_and_lists_of_a_hosts_own_kinds_become_plain():
     [
         ([1], "smt is a block of settings (density: 0.01, ...), got [1]"),
         ({"block_pattern": {}}, "smt.block_pattern: unknown setting"),
-        ({"q": 1}, "smt.q: unknown setting; known are block_size, budget, density, "),
+        ({"q": 1}, "smt.q: unknown setting; known are avoid, block_size, budget, coupled, density, "),
         ({"desity": 0.1}, "smt.desity: unknown setting; did you mean 'density'?"),
         ({"warmup_batches": 0}, "smt.warmup_batches must be a positive whole number, got 0"),
         ({"selection": "nowhere.safetensors"}, "got 'nowhere.safetensors', which is no file"),

@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -71,6 +72,8 @@ def assert_resumed_alike(workshop: Workshop, **settings) -> None:
     from smt_peft.training.run import train
     from smt_peft.training.yaml.schema import load_run
 
+    # A place of its own, as others resume over the same workshop.
+    workshop = replace(workshop, directory=Path(tempfile.mkdtemp(dir=workshop.directory)))
     path = workshop.write("resumed", save_strategy="steps", save_steps=4, **settings)
     directory = workshop.directory / "resumed"
     straight = train(load_run(path))

@@ -37,9 +37,9 @@ def test_what_a_run_measures_counts_the_pair(workshop):
 
 
 def test_a_selection_given_trains_from_the_pair_that_choosing_it_does(workshop):
-    first = train(load_run(workshop.write("chosen", smt=SMT, verify=False), ["max_steps=2"]))
-    given = {**SMT, "selection": str(workshop.directory / "chosen" / "selection.safetensors")}
-    again = train(load_run(workshop.write("given", smt=given, verify=False), ["max_steps=2"]))
+    first = train(load_run(workshop.write("pair chosen", smt=SMT, verify=False), ["max_steps=2"]))
+    given = {**SMT, "selection": str(workshop.directory / "pair chosen" / "selection.safetensors")}
+    again = train(load_run(workshop.write("pair given", smt=given, verify=False), ["max_steps=2"]))
     assert [entry.get("loss") for entry in first["log_history"]] == [
         entry.get("loss") for entry in again["log_history"]
     ]

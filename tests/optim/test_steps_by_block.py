@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from smt_peft.ops.adamw import dequantise, dynamic_code
-from smt_peft.optim import STATE_DTYPES, SMTAdamW
+from smt_peft.optim.adamw import STATE_DTYPES, SMTAdamW
 
 NUMBERS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -65,8 +65,9 @@ def losses(metrics: dict) -> dict[int, tuple[float, float]]:
     return {entry["step"]: (entry["loss"], entry["grad_norm"]) for entry in metrics["log_history"] if "loss" in entry}
 
 
-def assert_resumed_alike(workshop: Workshop, **settings) -> None:
-    """A run of 8 steps, taken back to its checkpoint of step 4, ends again with the same losses and weights."""
+def assert_resumed_alike(workshop: Workshop, **settings) -> Path:
+    """A run of 8 steps, taken back to its checkpoint of step 4, ends again with the same losses and weights. Returns
+    where it lies."""
     # Not at the top: the command line alone needs no TRL.
     from smt_peft.training import outputs
     from smt_peft.training.run import train
@@ -85,3 +86,4 @@ def assert_resumed_alike(workshop: Workshop, **settings) -> None:
     assert losses(resumed) == losses(straight) and sorted(losses(resumed)) == list(range(1, 9))
     again = load_file(directory / "adapter_model.safetensors")
     assert all(torch.equal(again[key], weights[key]) for key in weights)
+    return directory

@@ -67,9 +67,9 @@ def test_several_files_are_their_union(workshop, chosen):
 
 
 def test_it_resumes(workshop, chosen):
-    assert_resumed_alike(workshop, smt=SMT | {"avoid": str(chosen[0])})
-    config = (workshop.directory / "resumed" / "adapter_config.json").read_text()
-    assert "avoid" not in config and load_file(workshop.directory / "resumed" / "adapter_model.safetensors")
+    directory = assert_resumed_alike(workshop, smt=SMT | {"avoid": str(chosen[0])})
+    config = (directory / "adapter_config.json").read_text()
+    assert "avoid" not in config and load_file(directory / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -5,22 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
-from runs import Workshop, assert_resumed_alike
+from runs import assert_resumed_alike
 
 from smt_peft.training.errors import ConfigError
 from smt_peft.training.yaml.schema import load_run
 
 
-@pytest.fixture
-def workshop(workshop, tmp_path) -> Workshop:
-    """A directory of its own, as a run refuses that of another."""
-    return Workshop(tmp_path, workshop.settings)
-
-
 @pytest.mark.parametrize("preset", ["paca", "s2ft"])
 def test_a_run_of_whole_columns_is_resumed_alike(workshop, preset):
-    assert_resumed_alike(workshop, preset=preset, smt=None, learning_rate=None)
-    config = json.loads((workshop.directory / "resumed" / "adapter_config.json").read_text())
+    directory = assert_resumed_alike(workshop, preset=preset, smt=None, learning_rate=None)
+    config = json.loads((directory / "adapter_config.json").read_text())
     shapes = {(rows, cols) for _, rows, cols in config["block_pattern"].values()}
     # Columns of the hidden size 32, and of the heads that read one of two key/value heads; PaCA has them everywhere.
     assert shapes == ({(32, 1), (32, 16)} if preset == "s2ft" else {(32, 1), (48, 1), (16, 1)})

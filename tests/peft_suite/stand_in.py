@@ -21,9 +21,11 @@ from smt_peft.tuner.experts import ParameterLayer
 from smt_peft.tuner.layer import SMTLayer
 from smt_peft.tuner.model import SMTModel
 
-SHARED = {field.name for field in dataclasses.fields(LoraConfig)} & {f.name for f in dataclasses.fields(SMTConfig)}
-# Settings of LoRA's that mean nothing here, and that the tests in question do not look at.
+# Settings of LoRA's that mean nothing to blocks, and that the tests in question do not look at; SMT's own of these
+# names are those of a low-rank pair.
 IGNORED = {"lora_alpha", "lora_dropout"}
+SHARED = {field.name for field in dataclasses.fields(LoraConfig)} & {f.name for f in dataclasses.fields(SMTConfig)}
+SHARED -= IGNORED
 # In this order. Names of settings and of models on a hub stay.
 TRANSLATIONS = {
     r"\blora_A\.(\w+\.)?weight": r"smt_blocks.\1index",

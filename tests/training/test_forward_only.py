@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,13 @@ from smt_peft.training.forward_only import ForwardOnly
 from smt_peft.training.run import train
 from smt_peft.training.yaml.schema import load_run
 from smt_peft.training.yaml.settings import render_settings
+
+
+@pytest.fixture(scope="module")
+def workshop(workshop, tmp_path_factory) -> Workshop:
+    """The same model and data in a place of its own, as a run refuses a directory that holds another's."""
+    return replace(workshop, directory=tmp_path_factory.mktemp("forward_only"))
+
 
 SMT = {"block_size": 8, "density": 0.1, "score": "random"}
 MEZO = {"optim": "mezo", "learning_rate": 1e-3, "gradient_checkpointing": None, "smt": SMT}

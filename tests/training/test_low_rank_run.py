@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
-from runs import assert_resumed_alike
+from runs import Workshop, assert_resumed_alike
 from safetensors.torch import load_file
 
 from smt_peft.presets import preset
 from smt_peft.training.errors import ConfigError
 from smt_peft.training.run import train
 from smt_peft.training.yaml.schema import load_run
+
+
+@pytest.fixture(scope="module")
+def workshop(workshop, tmp_path_factory) -> Workshop:
+    """The same model and data in a place of its own, as a run refuses a directory that holds another's."""
+    return replace(workshop, directory=tmp_path_factory.mktemp("low_rank_run"))
+
 
 SMT = {"density": 0.05, "block_size": 8, "warmup_batches": 2, "lora_rank": 2, "lora_alpha": 6}
 

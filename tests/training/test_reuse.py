@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
-from runs import assert_resumed_alike, smt, write_jsonl
+from runs import Workshop, assert_resumed_alike, smt, write_jsonl
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +15,13 @@ from smt_peft.cli import main
 from smt_peft.training.errors import ConfigError
 from smt_peft.training.run import select, train
 from smt_peft.training.yaml.schema import load_run
+
+
+@pytest.fixture(scope="module")
+def workshop(workshop, tmp_path_factory) -> Workshop:
+    """The same model and data in a place of its own, as a run refuses a directory that holds another's."""
+    return replace(workshop, directory=tmp_path_factory.mktemp("reuse"))
+
 
 SMT = {"block_size": 8, "density": 0.1, "warmup_batches": 2}
 
@@ -116,7 +124,7 @@ def test_a_budget_that_has_no_room_left_is_refused_before_the_training(workshop,
 
 
 def test_a_selection_of_another_base_is_refused(workshop, chosen, tmp_path):
-    shutil.copytree(workshop.directory / "model", tmp_path / "other")
+    shutil.copytree(workshop.settings["model_name_or_path"], tmp_path / "other")
     weights = load_file(tmp_path / "other" / "model.safetensors")
     scaled = {name: 1.5 * tensor for name, tensor in weights.items()}
     save_file(scaled, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
@@ -127,7 +135,7 @@ def test_a_selection_of_another_base_is_refused(workshop, chosen, tmp_path):
 
 
 def test_python_reads_what_a_run_wrote(workshop, chosen):
-    model = AutoModelForCausalLM.from_pretrained(workshop.directory / "model")
+    model = AutoModelForCausalLM.from_pretrained(workshop.settings["model_name_or_path"])
     config = SMTConfig(score="random", density=0.1, block_size=8, avoid=[str(file) for file in chosen])
     made = select_blocks(model, config)
     assert all(made.num_common(BlockSelection.load(file)) == 0 for file in chosen)

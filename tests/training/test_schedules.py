@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import assert_resumed_alike
+from runs import Workshop, assert_resumed_alike
 from safetensors.torch import load_file
 
 from smt_peft import BlockSelection
@@ -16,6 +16,13 @@ from smt_peft.training import outputs
 from smt_peft.training.errors import ConfigError
 from smt_peft.training.run import train
 from smt_peft.training.yaml.schema import load_run
+
+
+@pytest.fixture(scope="module")
+def workshop(workshop, tmp_path_factory) -> Workshop:
+    """The same model and data in a place of its own, as a run refuses a directory that holds another's."""
+    return replace(workshop, directory=tmp_path_factory.mktemp("schedules"))
+
 
 #: Settings of each by which something changes before and after the checkpoint of step 4.
 BLOCKS = {

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
-from runs import assert_resumed_alike
+from runs import Workshop, assert_resumed_alike
 
 from smt_peft.training.errors import ConfigError
 from smt_peft.training.yaml.schema import load_run
+
+
+@pytest.fixture(scope="module")
+def workshop(workshop, tmp_path_factory) -> Workshop:
+    """The same model and data in a place of its own, as a run refuses a directory that holds another's."""
+    return replace(workshop, directory=tmp_path_factory.mktemp("structured_run"))
 
 
 @pytest.mark.parametrize("preset", ["paca", "s2ft"])

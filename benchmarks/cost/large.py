@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 from smt_peft import SMTConfig, select_blocks
 from smt_peft.bench.measure import spread
 
-from . import methods, released
+from . import methods, released, warmup
 from .memory import NotedStep, trace
 from .methods import Method
 from .model import LLAMA_3_8B, checkpointed, llama, random_batch
@@ -110,7 +110,7 @@ def one_by_one(
 
 
 def warm_up(base: LlamaForCausalLM, plan: Plan, end: float) -> Iterator[dict[str, Any]]:
-    """The warm-up pass of the default score: seconds of a batch, and of what is done once; each measured once."""
+    """The warm-up pass of the default score, measured once."""
     batch, config = plan.batches[-1], SMTConfig(target_modules="all-linear", density=0.0084)
     name = f"warm-up, {config.score}"
     if time.perf_counter() > end:
@@ -120,25 +120,20 @@ def warm_up(base: LlamaForCausalLM, plan: Plan, end: float) -> Iterator[dict[str
     if frozen.get("reason"):
         yield {"method": name, "reason": frozen["reason"]}
         return
-    weights, data = held(Training(base)), [random_batch(base, batch, frozen=False) for _ in range(2)]
+    weights, data = held(Training(base)), [random_batch(base, batch, frozen=False) for _ in range(warmup.BATCHES)]
 
     def run(note: Note) -> None:
         note("warm-up")
-        select_blocks(base, config, data, keep_scores=False, progress=False)
+        select_blocks(base, config, data[:2], keep_scores=False, progress=False)
 
     peak = trace(run, plan.device)[-1].peak
-    seconds = []
-    for some in (data[:1], data):
-        start = time.perf_counter()
-        select_blocks(base, config, some, keep_scores=False, progress=False)
-        seconds.append(time.perf_counter() - start)
-    per_batch = seconds[1] - seconds[0]
+    per_batch, once = warmup.choice_seconds(base, config, data)
     ratio = per_batch / statistics.median(frozen["seconds"])
     yield {
         "method": name,
         "batch": f"{batch[0]}x{batch[1]}",
         "seconds": per_batch,
-        "choice_seconds": seconds[0] - per_batch,
+        "choice_seconds": once,
         "ratio": ratio,
         "ratio_p20_p80": [ratio, ratio],
         "peak_bytes": weights + peak,

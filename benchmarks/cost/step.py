@@ -66,10 +66,10 @@ def compare(
         }
 
 
-def interleaved(steps: Mapping[str, Callable[[], float]], rounds: int, warmup: int) -> dict[str, list[float]]:
+def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int, warmup: int) -> dict[str, list]:
     """The seconds that each step says it took, round by round, in an order that is shuffled anew every round."""
     rng = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    seconds: dict[str, list] = {name: [] for name in steps}
     for index in range(warmup + rounds):
         order = list(steps)
         rng.shuffle(order)

@@ -1,19 +1,21 @@
 """What choosing the blocks costs, and what a whole run costs with it.
 
-The warm-up pass is timed with one batch and with more: the difference is what a batch costs, the rest is choosing.
+A batch of the warm-up pass costs what lies between it and the next; the rest of the pass is done once.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from statistics import median
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from statistics import mean, median
 from typing import Any
 
+import torch
 from torch import nn
 
 from smt_peft import SMTConfig, select_blocks
-from smt_peft.bench.measure import spread
+from smt_peft.bench.measure import ratios, spread
 
 from . import methods
 from .memory import step_memory, trace
@@ -25,7 +27,8 @@ from .training import Note
 
 # With data, all in one pass; `random` stands for what needs none.
 SCORES = ("grad_abs", "mean_abs", "grad_sum_abs", "taylor", "activation", "low_rank_magnitude", "random")
-MORE = 2
+# Two whole ones are seen.
+BATCHES = 3
 
 
 def suite(result: Result, case: Case, rounds: int, warmup: int) -> None:
@@ -49,8 +52,7 @@ def measured(case: Case, rounds: int, warmup: int) -> Iterator[dict[str, Any]]:
     base = built["frozen"].model
     steps = {name: lambda t=training: t.step(case.batch) for name, training in built.items()}
     for score in SCORES:
-        for batches in (1, MORE):
-            steps[f"{score} {batches}"] = lambda s=score, n=batches: choose(base, config(case, s), case, n)
+        steps[score] = lambda s=score: choice_seconds(base, config(case, s), random_batches(base, case, BATCHES))
     seconds = interleaved(steps, rounds, warmup)
     for name, training in built.items():
         yield {
@@ -71,15 +73,15 @@ def measured(case: Case, rounds: int, warmup: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def warm_up_row(score: str, case: Case, seconds: Mapping[str, list[float]]) -> dict[str, Any]:
+def warm_up_row(score: str, case: Case, seconds: Mapping[str, list]) -> dict[str, Any]:
     """A batch as the time of the row, and what is done once beside it; both also in training steps of SMT.
 
     Args:
-        seconds: of every step and warm-up pass, round by round.
+        seconds: of every step, and as `choice_seconds` of every warm-up pass, round by round.
     """
-    one, more, frozen = seconds[f"{score} 1"], seconds[f"{score} {MORE}"], seconds["frozen"]
-    per_batch, choosing = choice_seconds(one, more)
-    ratio, percentiles = spread([(m - o) / (MORE - 1) / f for o, m, f in zip(one, more, frozen, strict=True)])
+    batches, once = zip(*seconds[score], strict=True)
+    per_batch, choosing = median(batches), median(once)
+    ratio, percentiles = spread(ratios(batches, seconds["frozen"]))
     step = median(seconds["smt matched"])
     return {
         "method": f"warm-up, {score}",
@@ -98,25 +100,37 @@ def config(case: Case, score: str) -> SMTConfig:
     return SMTConfig(target_modules=case.targets, density=case.density, score=score)
 
 
-def choose(base: nn.Module, config: SMTConfig, case: Case, batches: int) -> float:
-    """Seconds of `select_blocks` on that many batches, which are there before."""
-    data = [random_batch(base, case.batch, frozen=False) for _ in range(batches)]
+def random_batches(base: nn.Module, case: Case, count: int) -> list[dict[str, Any]]:
+    return [random_batch(base, case.batch, frozen=False) for _ in range(count)]
+
+
+def choice_seconds(base: nn.Module, config: SMTConfig, batches: Sequence[Any]) -> tuple[float, float]:
+    """Seconds of `select_blocks`: of a batch, 0 for a score that needs none, and of all that is done once.
+
+    Args:
+        batches: at least two, as a batch ends where the next is asked for.
+    """
+    asked = []
+
+    def clocked() -> Iterator[Any]:
+        for batch in batches:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            asked.append(time.perf_counter())
+            yield batch
+
     start = time.perf_counter()
-    select_blocks(base, config, data, num_batches=batches, keep_scores=False, progress=False)
-    return time.perf_counter() - start
+    select_blocks(base, config, clocked(), num_batches=len(batches), keep_scores=False, progress=False)
+    whole = time.perf_counter() - start
+    batch = mean(after - before for before, after in pairwise(asked)) if asked else 0.0
+    return batch, max(0.0, whole - batch * len(asked))
 
 
 def choose_traced(case: Case, score: str, note: Note) -> None:
     """Two batches, as something may be kept from one to the next."""
     base = case.build()
     note("warm-up")
-    choose(base, config(case, score), case, 2)
-
-
-def choice_seconds(one: list[float], more: list[float]) -> tuple[float, float]:
-    """Median seconds of a batch, and of all that is done once."""
-    batch = median((m - o) / (MORE - 1) for o, m in zip(one, more, strict=True))
-    return batch, max(0.0, median(one) - batch)
+    choice_seconds(base, config(case, score), random_batches(base, case, 2))
 
 
 def backward_memory(full: Method, case: Case) -> int:

@@ -37,7 +37,7 @@ class ScheduleCallback(TrainerCallback):
         self.schedules = sorted(schedules, key=lambda schedule: schedule.decides_what_trains)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        check_engine(args, [schedule.name for schedule in self.schedules])
+        check_engine(args, self.schedules)
         for schedule in self.schedules:
             schedule.check_arguments(args)
         saved = self._saved(args, state) if state.global_step else {}
@@ -105,17 +105,20 @@ def check_together(schedules: Sequence[Schedule]) -> None:
         raise ValueError(f"{' and '.join(deciding)} both decide which blocks train; leave one of them out")
 
 
-def check_engine(args: TrainingArguments, names: Sequence[str]) -> None:
+def check_engine(args: TrainingArguments, schedules: Sequence[Schedule]) -> None:
     """Raise `ValueError` where an engine holds every parameter to the gradient that it had at the start."""
     engines = {
         "DeepSpeed": getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
         "FSDP": getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP") == "true",
     }
     if engine := next((engine for engine, used in engines.items() if used), None):
-        raise ValueError(f"{names[0]} changes what trains, which {engine} does not follow; leave one of them out")
-    if args.world_size > 1 and not args.ddp_find_unused_parameters:
         raise ValueError(
-            f"{names[0]} lets parameters rest, for which DDP would wait; set ddp_find_unused_parameters: true"
+            f"{schedules[0].name} changes what trains, which {engine} does not follow; leave one of them out"
+        )
+    resting = [schedule.name for schedule in schedules if schedule.lets_rest]
+    if resting and args.world_size > 1 and not args.ddp_find_unused_parameters:
+        raise ValueError(
+            f"{resting[0]} lets parameters rest, for which DDP would wait; set ddp_find_unused_parameters: true"
         )
 
 

@@ -50,6 +50,7 @@ class Freezing(Schedule):
 
     name: ClassVar[str] = "freezing"
     decides_what_trains: ClassVar[bool] = True
+    lets_rest: ClassVar[bool] = True
 
     share: float = 0.9
     every: int = 1

@@ -39,6 +39,7 @@ class LayerSampling(Schedule):
 
     name: ClassVar[str] = "layer_sampling"
     decides_what_trains: ClassVar[bool] = True
+    lets_rest: ClassVar[bool] = True
 
     layers: int = 2
     every: int = 20

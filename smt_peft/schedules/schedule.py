@@ -28,9 +28,10 @@ class Schedule(ABC):
 
     #: Of its block in a YAML, and in a checkpoint.
     name: ClassVar[str]
-    #: Whether it lets blocks rest and train again; of two that do, neither would know what the other has decided.
+    #: Whether it says which blocks train; of two that do, neither would know what the other has decided.
     decides_what_trains: ClassVar[bool] = False
-
+    #: Whether parameters that require a gradient at the start do without one for a while.
+    lets_rest: ClassVar[bool] = False
     #: What a plan of the memory leaves out, in words.
     uncounted: ClassVar[str] = ""
 

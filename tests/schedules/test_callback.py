@@ -11,7 +11,7 @@ from scheduled import adapted
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from smt_peft.schedules import LayerSampling, Schedule, ScheduleCallback
+from smt_peft.schedules import LayerSampling, Regrowth, Schedule, ScheduleCallback
 from smt_peft.schedules.callback import check_engine
 from smt_peft.schedules.trained import by_layer, trained_blocks
 
@@ -160,11 +160,16 @@ def test_engines_that_hold_on_to_every_gradient_are_refused_by_name(monkeypatch,
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(ValueError, match=message):
-        check_engine(SimpleNamespace(**ARGUMENTS | changed), ["layer_sampling"])
+        check_engine(SimpleNamespace(**ARGUMENTS | changed), [LayerSampling()])
 
 
-def test_one_process_and_ddp_that_looks_for_unused_parameters_are_not():
-    check_engine(SimpleNamespace(**ARGUMENTS), ["layer_sampling"])
-    check_engine(
-        SimpleNamespace(**ARGUMENTS | {"world_size": 2, "ddp_find_unused_parameters": True}), ["layer_sampling"]
-    )
+@pytest.mark.parametrize(
+    ("schedule", "changed"),
+    [
+        (LayerSampling(), {}),
+        (LayerSampling(), {"world_size": 2, "ddp_find_unused_parameters": True}),
+        (Regrowth(), {"world_size": 2}),
+    ],
+)
+def test_ddp_need_not_look_for_parameters_where_none_rests(schedule, changed):
+    check_engine(SimpleNamespace(**ARGUMENTS | changed), [schedule])

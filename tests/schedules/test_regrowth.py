@@ -6,7 +6,6 @@ import copy
 import math
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -579,49 +578,3 @@ def test_a_plain_trainer_resumes_as_if_it_had_not_stopped(dropped, tmp_path):
     resumed = trained(resume=str(tmp_path / "checkpoint-5"))
     for name, (index, weight) in straight.items():
         assert torch.equal(resumed[name][0], index) and torch.equal(resumed[name][1], weight)
-
-
-TWO_PROCESSES = """
-import sys
-sys.path[:0] = sys.argv[1:]
-import torch
-import torch.distributed as dist
-from helpers import batch
-from scheduled import adapted
-from torch.nn.parallel import DistributedDataParallel
-from smt_peft.optim import SMTAdamW
-from smt_peft.schedules import Regrowth
-from smt_peft.schedules.trained import trained_blocks
-dist.init_process_group("gloo")
-model = adapted(layers=1)
-whole = DistributedDataParallel(model)
-blocks = trained_blocks(model)
-optimizer = SMTAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-schedule = Regrowth(every=3, share=0.9, score_steps=2, dropped="keep")
-schedule.begin(model, optimizer, 12)
-for step in range(1, 13):
-    whole(**batch(seed=2 * step + dist.get_rank())).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    schedule.after_update(step)
-schedule.end()
-assert schedule.replaced > 0
-for name, module in blocks.items():
-    for tensor in (module.index, module.weight.detach()):
-        others = [torch.empty_like(tensor) for _ in range(2)]
-        dist.all_gather(others, tensor.contiguous())
-        assert torch.equal(*others), name
-print("alike", flush=True)
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_that_see_other_data_choose_the_same_blocks(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(TWO_PROCESSES)
-    here = Path(__file__).parent
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [*launch, str(script), str(here), str(here.parent)], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.count("alike") == 2, done.stderr

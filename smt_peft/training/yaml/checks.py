@@ -257,7 +257,7 @@ def check_schedules(
     engine = {key: trainer.get(key) for key in ("deepspeed", "fsdp", "ddp_find_unused_parameters")}
     for check in (
         lambda: check_together(schedules),
-        lambda: check_engine(SimpleNamespace(**processes | engine), names),
+        lambda: check_engine(SimpleNamespace(**processes | engine), schedules),
     ):
         try:
             check()

@@ -78,7 +78,8 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
 }
 #: Where the searches of those start whose rates are not AdamW's.
 NEIGHBOUR_START = {"mezo": 0.128, "sparse mezo": 0.128}
-NEIGHBOUR_TASKS = ("sort", "shift")
+#: Of the modules, as the paper chooses per task; 0.9 most often.
+FROZEN_SHARES = (0.5, 0.75, 0.9)
 FAMILY |= NEIGHBOURS
 
 
@@ -201,9 +202,19 @@ def transfer() -> Iterator[Cell]:
 
 
 def neighbours() -> Iterator[Cell]:
-    """On the skill where LoRA does best, and on another."""
     for name in ("smt", *NEIGHBOURS):
-        yield from (cell(task, name, 2) for task in NEIGHBOUR_TASKS)
+        yield from (cell(task, name, 2) for task in SKILLS)
+
+
+def frozen(share: float) -> dict[str, Any]:
+    """What changes the freezing of `slimfit`."""
+    return {"schedules": {"freezing": preset("slimfit")["freezing"] | {"share": share}}}
+
+
+def freezing() -> Iterator[Cell]:
+    """What a share of frozen modules costs, in few updates and in four times as many."""
+    for share in FROZEN_SHARES:
+        yield from (cell(task, "slimfit", 2, **frozen(share)) for task in (*SKILLS, *LONG))
 
 
 STUDIES: dict[str, Callable[[], Iterator[Cell]]] = {
@@ -221,6 +232,7 @@ STUDIES: dict[str, Callable[[], Iterator[Cell]]] = {
     "encoder-blocks": encoder_blocks,
     "longer": longer,
     "neighbours": neighbours,
+    "freezing": freezing,
 }
 
 

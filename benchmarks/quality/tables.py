@@ -11,7 +11,7 @@ from ..markdown import table
 from .agreement import FILE as AGREEMENT
 from .methods import RIVALS
 from .results import Outcome, Runs
-from .studies import LONG, NEIGHBOUR_TASKS, NEIGHBOURS, SKILLS, STUDIES, Cell, cell
+from .studies import FROZEN_SHARES, LONG, NEIGHBOURS, SKILLS, STUDIES, Cell, cell, frozen
 
 TITLES = {
     "smt": "**SMT** (defaults)",
@@ -189,6 +189,15 @@ def parts() -> str:
     return table(["", "all linear layers", "attention only", "MLP only"], lines)
 
 
+def freezing() -> str:
+    """Accuracy by the share of the modules that is frozen at a time."""
+    tasks = (*SKILLS, *LONG)
+    lines = [["none", *map(score, outcomes("smt", tasks, 2))]]
+    for share in FROZEN_SHARES:
+        lines.append([f"{share:.0%}", *map(score, outcomes("slimfit", tasks, 2, **frozen(share)))])
+    return table(["frozen", *tasks], lines)
+
+
 def warmup() -> str:
     lines = []
     for count in (1, 4, 16, 64, 200):
@@ -237,7 +246,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-longer": partial(core, LONG, 2, ("smt", "lora")),
     "quality-family": partial(core, SKILLS, 2, (*CORE, *FAMILY)),
     "quality-rivals": partial(core, ("sort",), 2, (*CORE, *(name for name in RIVALS if name not in CORE))),
-    "quality-neighbours": partial(core, NEIGHBOUR_TASKS, 2, ("full", "smt", "lora", *NEIGHBOURS)),
+    "quality-neighbours": partial(core, SKILLS, 2, ("full", "smt", "lora", *NEIGHBOURS)),
+    "quality-freezing": freezing,
     "quality-budgets": budgets,
     "quality-spread": spread,
     "quality-blocks": partial(variants, "blocks", ON_SKILLS),

@@ -52,7 +52,7 @@ test: $(KERNELS)
 quantised: $(KERNELS) $(QUANTISED)
 	PYTHONPATH=$(abspath $(QUANTISED)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile \
 		tests/bases tests/ops/test_overlay.py tests/tuner/test_quantised.py tests/export tests/training/test_quantised_run.py \
-		tests/plan/test_packed_memory.py tests/plan/test_state.py tests/benchmarks/test_cost.py
+		tests/schedules/test_packed_base.py tests/plan/test_packed_memory.py tests/plan/test_state.py tests/benchmarks/test_cost.py
 
 $(QUANTISED): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --upgrade --target $(QUANTISED) \

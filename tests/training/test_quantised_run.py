@@ -20,8 +20,10 @@ pytest.importorskip("bitsandbytes")
     [
         {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "optim": "smt_adamw", "gradient_checkpointing": True},
         {"load_in_8bit": True, "dtype": "bfloat16"},
+        {"load_in_4bit": True, "optim": "smt_adamw", "regrowth": {"every": 2, "score_steps": 1, "share": 0.9}},
+        {"load_in_8bit": True, "freezing": {"share": 0.5, "moments": "drop"}},
     ],
-    ids=["4-bit", "8-bit in bf16"],
+    ids=["4-bit", "8-bit in bf16", "4-bit, regrown", "8-bit, some frozen"],
 )
 def test_selects_trains_and_verifies(workshop, keys):
     name = "-".join(keys)

@@ -80,6 +80,8 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
 NEIGHBOUR_START = {"mezo": 0.128, "sparse mezo": 0.128}
 #: Of the modules, as the paper chooses per task; 0.9 most often.
 FROZEN_SHARES = (0.5, 0.75, 0.9)
+#: With the budget of each.
+FREEZING_TASKS = {**dict.fromkeys((*SKILLS, *LONG), 2), "docstrings": 8}
 FAMILY |= NEIGHBOURS
 
 
@@ -212,9 +214,9 @@ def frozen(share: float) -> dict[str, Any]:
 
 
 def freezing() -> Iterator[Cell]:
-    """What a share of frozen modules costs, in few updates and in four times as many."""
+    """What a share of frozen modules costs: in few updates, in four times as many, and of an encoder."""
     for share in FROZEN_SHARES:
-        yield from (cell(task, "slimfit", 2, **frozen(share)) for task in (*SKILLS, *LONG))
+        yield from (cell(task, "slimfit", rank, **frozen(share)) for task, rank in FREEZING_TASKS.items())
 
 
 STUDIES: dict[str, Callable[[], Iterator[Cell]]] = {

@@ -11,7 +11,7 @@ from ..markdown import table
 from .agreement import FILE as AGREEMENT
 from .methods import RIVALS
 from .results import Outcome, Runs
-from .studies import FROZEN_SHARES, LONG, NEIGHBOURS, SKILLS, STUDIES, Cell, cell, frozen
+from .studies import FREEZING_TASKS, FROZEN_SHARES, LONG, NEIGHBOURS, SKILLS, STUDIES, Cell, cell, frozen
 
 TITLES = {
     "smt": "**SMT** (defaults)",
@@ -191,11 +191,12 @@ def parts() -> str:
 
 def freezing() -> str:
     """Accuracy by the share of the modules that is frozen at a time."""
-    tasks = (*SKILLS, *LONG)
-    lines = [["none", *map(score, outcomes("smt", tasks, 2))]]
-    for share in FROZEN_SHARES:
-        lines.append([f"{share:.0%}", *map(score, outcomes("slimfit", tasks, 2, **frozen(share)))])
-    return table(["frozen", *tasks], lines)
+    lines = []
+    for share in (0, *FROZEN_SHARES):
+        name, changes = ("slimfit", frozen(share)) if share else ("smt", {})
+        found = [runs().outcome(cell(task, name, rank, **changes)) for task, rank in FREEZING_TASKS.items()]
+        lines.append([f"{share:.0%}", *map(score, found)])
+    return table(["frozen", *FREEZING_TASKS], lines)
 
 
 def warmup() -> str:

@@ -118,6 +118,10 @@ class Freezing(Schedule):
         generator = torch.Generator().manual_seed(self.seed)
         return [units[i] for i in torch.randperm(len(units), generator=generator).tolist()]
 
+    def before_update(self, step: int) -> None:
+        # Whoever switches adapters meanwhile lets all blocks of the active one train.
+        train_only(self._blocks, self._names(self._active))
+
     def after_update(self, step: int) -> None:
         if step % self.every == 0:
             self._measure()

@@ -310,6 +310,45 @@ def test_settings_that_no_module_can_follow_are_refused_by_name(settings, messag
         Freezing(**settings).begin(model, optimizer_of(model), 10)
 
 
+@pytest.mark.parametrize("schedule", [Freezing(share=0.5, every=3), LayerSampling(layers=2, every=3)])
+def test_a_reference_without_the_adapter_wakes_nothing_that_rests(schedule):
+    """As DPO computes one in every step, before or after the pass whose gradient is taken."""
+    model = adapted()
+    blocks, optimizer = trained_blocks(model), optimizer_of(model)
+    schedule.begin(model, optimizer, 3)
+    resting = blocks.keys() - active_in(blocks)
+    for step in (1, 2):
+        with torch.no_grad(), model.disable_adapter():
+            model(**batch(seed=step))
+        model(**batch(seed=step)).loss.backward()
+        # Before anything is clipped.
+        assert {name for name, module in blocks.items() if module.weight.grad is None} == resting
+        schedule.before_update(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.after_update(step)
+    assert resting and {name for name, module in blocks.items() if not module.weight.any()} == resting
+    schedule.end()
+    with model.disable_adapter():
+        pass
+    assert active_in(blocks) == blocks.keys()
+
+
+def test_an_adapter_that_is_switched_away_and_back_does_not_wake_what_is_frozen():
+    model = adapted()
+    blocks, optimizer = trained_blocks(model), optimizer_of(model)
+    model.add_adapter("other", SMTConfig(block_size=4, density=0.05, score="random"))
+    schedule = Freezing(share=0.5, every=3)
+    schedule.begin(model, optimizer, 3)
+    active = active_in(blocks)
+    model.set_adapter("other")
+    model.set_adapter("default")
+    model(**batch()).loss.backward()
+    schedule.before_update(1)
+    optimizer.step()
+    assert {name for name, module in blocks.items() if module.weight.any()} == active
+
+
 def test_two_schedules_that_decide_what_trains_are_refused():
     with pytest.raises(ValueError, match="freezing and layer_sampling both decide which blocks train"):
         ScheduleCallback(Freezing(), LayerSampling())

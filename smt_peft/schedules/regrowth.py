@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..optim import SMTAdamW
+from ..selection.avoid import avoided_selections, touched_blocks
 from ..selection.replacement import regrown
 from ..selection.scores import GradientScore
 from ..selection.taps import TrainingTaps
@@ -279,14 +280,15 @@ def check_movable(config: Any) -> None:
 
 
 def _closed(blocks: dict[str, SMTBlocks], config: Any) -> dict[str, np.ndarray]:
-    """Per module the blocks that may not be chosen, bool `(R, C)`, where the config caps how the blocks lie.
+    """Per module the blocks that may not be chosen, bool `(R, C)`: those to avoid, and where the config caps how blocks
+    lie.
 
     What the caps left is no longer known; blocks within the columns, and for a cap of the rank also the rows, that the
     selection touches keep them.
     """
+    closed = touched_blocks(avoided_selections(config), {name: module.grid for name, module in blocks.items()})
     if config.max_column_share is None and config.max_lora_rank is None:
-        return {}
-    closed = {}
+        return closed
     for name, module in blocks.items():
         open_RC = np.zeros(module.grid.stripes, dtype=bool)
         rows, cols = module.index.cpu().numpy().T
@@ -295,7 +297,7 @@ def _closed(blocks: dict[str, SMTBlocks], config: Any) -> dict[str, np.ndarray]:
             touched = np.zeros_like(open_RC)
             touched[rows] = True
             open_RC &= touched
-        closed[name] = ~open_RC
+        closed[name] = closed.get(name, False) | ~open_RC
     return closed
 
 

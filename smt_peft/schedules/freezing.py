@@ -14,7 +14,7 @@ from ..tuner.delta import SMTBlocks
 from ..tuner.effective import covered_weights
 from ..tuner.layer import SMTLayer
 from .moments import Moments
-from .schedule import Schedule
+from .schedule import SEEDS, Schedule, check_share, check_whole
 from .trained import by_layer, train_only, trained_blocks
 
 MAX_SHARE = 0.95
@@ -60,11 +60,10 @@ class Freezing(Schedule):
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 < self.share <= MAX_SHARE:
-            raise ValueError(f"share must be above 0 and at most {MAX_SHARE}, got {self.share}")
-        for name in ("every", "rest"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_share(self, MAX_SHARE)
+        check_whole(self, every=1, seed=None)
+        if self.rest is not None:
+            check_whole(self, rest=1)
         for name, known in (("unit", get_args(Unit)), ("moments", get_args(Kept))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -115,7 +114,7 @@ class Freezing(Schedule):
 
     def _drawn(self) -> list[str]:
         units = list(self._units)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed & SEEDS)
         return [units[i] for i in torch.randperm(len(units), generator=generator).tolist()]
 
     def before_update(self, step: int) -> None:

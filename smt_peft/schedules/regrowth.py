@@ -19,7 +19,7 @@ from ..selection.taps import TrainingTaps
 from ..tuner.delta import SMTBlocks
 from ..tuner.layer import SMTLayer
 from ..tuner.linear import Linear
-from .schedule import Schedule
+from .schedule import Schedule, check_share, check_whole
 from .trained import trained_blocks
 
 Dropped = Literal["revert", "keep"]
@@ -57,13 +57,10 @@ class Regrowth(Schedule):
     dropped: Dropped = "revert"
 
     def __post_init__(self):
-        for name in ("every", "score_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_whole(self, every=1, score_steps=1)
         if self.score_steps > self.every:
             raise ValueError(f"score_steps={self.score_steps} do not fit between two reselections, every={self.every}")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+        check_share(self, 1)
         for name, kinds in (("score", RegrowthScore), ("dropped", Dropped)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} must be {' or '.join(get_args(kinds))}, got {getattr(self, name)!r}")

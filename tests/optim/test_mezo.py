@@ -322,7 +322,10 @@ def test_a_step_needs_a_loss():
     [
         ({"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
         ({"weight_decay": float("nan")}, "weight_decay must be"),
+        ({"lr": "1e-4"}, "lr must be a finite number of at least 0, got '1e-4'"),
         ({"eps": 0.0}, "eps must be a finite number above 0"),
+        ({"eps": "1e-3"}, "eps must be a finite number above 0, got '1e-3'"),
+        ({"seed": None}, "seed must be a whole number, got None"),
         ({"samples": 0}, "samples must be a whole number of at least 1, got 0"),
         ({"samples": 1.5}, "samples must be"),
     ],

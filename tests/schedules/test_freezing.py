@@ -286,7 +286,12 @@ def test_experts_and_tables_that_rest_save_nothing(how):
     [
         ({"share": 0.96}, "share must be above 0 and at most 0.95, got 0.96"),
         ({"share": 0}, "share must be above 0"),
+        ({"share": "0.9"}, "share must be above 0 .* got '0.9'"),
         ({"every": 0}, "every must be at least 1"),
+        ({"every": 1.5}, "every must be a whole number, got 1.5"),
+        ({"every": None}, "every must be a whole number, got None"),
+        ({"rest": True}, "rest must be a whole number, got True"),
+        ({"seed": "0"}, "seed must be a whole number"),
         ({"rest": 0}, "rest must be at least 1"),
         ({"unit": "block"}, "unit must be one of module, layer, got 'block'"),
         ({"moments": "burn"}, "moments must be one of keep, drop, move"),

@@ -151,7 +151,7 @@ class TestForward:
         second = adapted(tiny_llama())
         pairs = [[layer.smt_low_rank["default"].lora_A for layer in layers_of(each)] for each in (first, second)]
         assert all(torch.equal(*both) for both in zip(*pairs, strict=True))
-        other = adapted(tiny_llama(), seed=1)
+        other = adapted(tiny_llama(), seed=2**70 + 1)
         assert not torch.equal(layers_of(other)[0].smt_low_rank["default"].lora_A, pairs[0][0])
         assert not torch.equal(pairs[0][0], pairs[0][3])
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..tuner.delta import SMTBlocks
 from ..tuner.effective import covered_weights
 from ..tuner.layer import SMTLayer
-from .moments import Moments
+from .moments import Moments, check_held
 from .schedule import SEEDS, Schedule, check_share, check_whole
 from .trained import by_layer, train_only, trained_blocks
 
@@ -78,6 +78,7 @@ class Freezing(Schedule):
         self._blocks = trained_blocks(model)
         self._units = self._grouped()
         self._check()
+        check_held(optimizer, {name: module.weight for name, module in self._blocks.items()})
         self._order = self._drawn()
         self._norms = base_norms(model, self._blocks)
         self._moments = None if self.moments == "keep" else Moments(optimizer, self.moments)

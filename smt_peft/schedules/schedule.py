@@ -13,7 +13,7 @@ SEEDS = 2**64 - 1
 
 
 def check_whole(schedule: Schedule, **least: int | None) -> None:
-    """Raise `ValueError`, naming it, unless each of these settings is a whole number of at least so much (None: any)."""
+    """Raise `ValueError` unless each of these settings is a whole number of at least so much (None: any)."""
     for name, bound in least.items():
         value = getattr(schedule, name)
         if not isinstance(value, int) or isinstance(value, bool):

@@ -354,6 +354,16 @@ def test_an_adapter_that_is_switched_away_and_back_does_not_wake_what_is_frozen(
     assert {name for name, module in blocks.items() if module.weight.any()} == active
 
 
+@pytest.mark.parametrize("moments", ["keep", "move"])
+def test_an_optimizer_without_the_blocks_is_refused_and_nothing_is_frozen(moments):
+    model = adapted(layers=2)
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    with pytest.raises(ValueError, match=r"SGD does not hold the blocks of .*q_proj \(14 of 14 modules are missing\)"):
+        Freezing(share=0.5, moments=moments).begin(model, other, 10)
+    blocks = trained_blocks(model)
+    assert active_in(blocks) == blocks.keys()
+
+
 def test_two_schedules_that_decide_what_trains_are_refused():
     with pytest.raises(ValueError, match="freezing and layer_sampling both decide which blocks train"):
         ScheduleCallback(Freezing(), LayerSampling())

@@ -104,6 +104,9 @@ class MeZO(torch.optim.Optimizer):
 
         Returns:
             The mean of the losses, which is the loss at the parameters up to eps^2; fp64.
+
+        Raises:
+            ValueError: the closure returns something else; the parameters are as they were.
         """
         params = [param for _, _, param in self._trained()]
         originals = [param.clone() for param in params]
@@ -113,7 +116,7 @@ class MeZO(torch.optim.Optimizer):
                 for side in (self.eps, -self.eps):
                     self._displace(originals, sample, side)
                     rewind()
-                    losses.append(torch.as_tensor(closure()).detach().to(self.projected))
+                    losses.append(_loss(closure()).to(self.projected))
         finally:
             for param, original in zip(params, originals, strict=True):
                 param.copy_(original)
@@ -198,6 +201,14 @@ class MeZO(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("eps", "samples", "masks", "projected", "_estimated")}
         return {**super().__getstate__(), **own}
+
+
+def _loss(value: Any) -> Tensor:
+    """What a closure has returned, as a scalar."""
+    if not isinstance(value, (Real, Tensor)) or (isinstance(value, Tensor) and value.numel() != 1):
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the closure of MeZO must return the loss, one number, got {what}; return model(...).loss")
+    return torch.as_tensor(value).detach().reshape(())
 
 
 def _is_finite(value: Any) -> bool:

@@ -335,6 +335,19 @@ def test_numbers_out_of_range_are_refused(settings, message):
         MeZO(parameters(), **settings)
 
 
+@pytest.mark.parametrize(
+    ("returned", "what"),
+    [(None, "NoneType"), ({"loss": 1.0}, "dict"), (torch.zeros(3), r"a tensor of shape \(3,\)")],
+)
+def test_a_closure_that_returns_no_loss_is_refused_and_leaves_the_parameters(returned, what):
+    params = parameters()
+    before = [param.detach().clone() for param in params]
+    optimizer = MeZO(params)
+    with pytest.raises(ValueError, match=f"must return the loss, one number, got {what}"):
+        optimizer.step(lambda: returned)
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+
+
 def test_float16_is_refused():
     with pytest.raises(ValueError, match=r"parameter 0 of group 0 is torch.float16; MeZO trains"):
         MeZO([nn.Parameter(torch.zeros(3, dtype=torch.float16))])

@@ -120,8 +120,8 @@ def convert_to_lora(
         min_energy: raise when less than this share is kept in total. Without it, less than 0.99 is warned of.
 
     Raises:
-        ValueError: `rank` or `min_energy` is none of these, there is no such adapter or nothing was trained in it, a layer has no LoRA
-            form (named), or less than `min_energy` is kept.
+        ValueError: `rank` is none of these or `min_energy` no share, there is no such adapter or nothing was trained in
+            it, a layer has no LoRA form (named), or less than `min_energy` is kept.
     """
     _check_amount(rank, min_energy)
     model = load_adapter(source) if isinstance(source, (str, Path)) else source

@@ -296,6 +296,18 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    of_lora = {
+        "--rank": args.rank != "exact",
+        "--uniform-rank": args.uniform_rank,
+        "--min-energy": args.min_energy is not None,
+    }
+    if args.format == "patch" and any(of_lora.values()):
+        from .training.errors import ConfigError
+
+        option = next(name for name, given in of_lora.items() if given)
+        raise ConfigError(
+            f"{option} is about LoRA, and a patch holds the adapter whole; leave it out, or --format lora"
+        )
     if args.format == "lora":
         from .export.lora import export_lora
         from .export.servers import serving_notes

@@ -50,6 +50,7 @@ def test_what_is_left_out_or_said_again_is_no_contradiction(selection):
         ({"score": "diagonal"}, "score='diagonal' .* was made with score='magnitude'"),
         ({"score": len}, "score='callable:len' "),
         ({"spread": "capped"}, "spread='capped'"),
+        ({"coupled": "consumers"}, "coupled='consumers' .* was made with coupled=None"),
         ({"budget": "global"}, "budget='global' .* was made with budget='per_layer'"),
         ({"max_lora_rank": 4}, "max_lora_rank=4 .* was made with max_lora_rank=8"),
         ({"max_column_share": 0.5}, "max_column_share=0.5 .* was made with max_column_share=None"),

@@ -128,7 +128,7 @@ def test_the_blocks_in_common_are_counted():
     sets = [{(n, *b) for n, blocks in s.blocks.items() for b in blocks.tolist()} for s in (one, two)]
     assert one.num_common(two) == len(sets[0] & sets[1]) and one.num_common(one) == one.num_blocks
     coarse = BlockSelection({"a": torch.zeros(1, 2, dtype=torch.int32)}, {"a": BlockGrid.fit((20, 36), (8, 16))})
-    with pytest.raises(ValueError, match="cannot be counted against each other"):
+    with pytest.raises(ValueError, match="a: blocks of .* cannot be counted against each other; make both"):
         one.num_common(coarse)
 
 

@@ -132,11 +132,15 @@ class BlockSelection:
 
     def num_common(self, other: BlockSelection) -> int:
         """How many blocks are in both selections, whose tilings must be the same where both have blocks."""
-        pairs = [(self.layout(name), other.layout(name)) for name in self.blocks if name in other.blocks]
-        for mine, theirs in pairs:
+        pairs = {name: (self.layout(name), other.layout(name)) for name in self.blocks if name in other.blocks}
+        for name, (mine, theirs) in pairs.items():
             if mine.grid != theirs.grid:
-                raise ValueError(f"blocks of {mine.grid} and of {theirs.grid} cannot be counted against each other")
-        return sum(int(torch.isin(*(each.grid.flatten(each.blocks.cpu()) for each in pair)).sum()) for pair in pairs)
+                raise ValueError(
+                    f"{name}: blocks of {mine.grid} and of {theirs.grid} cannot be counted against each other; make "
+                    "both selections with the same block_size"
+                )
+        of_both = pairs.values()
+        return sum(int(torch.isin(*(each.grid.flatten(each.blocks.cpu()) for each in pair)).sum()) for pair in of_both)
 
     def save(self, path: str | Path) -> None:
         """Write the selection as a safetensors file: blocks, kept scores, grids and provenance."""

@@ -8,7 +8,7 @@ from typing import Any
 from ..blocks import BlockGrid, BlockSelection
 
 # What a selection records, and what is settled by it. Its seed is not among them: the order of the rows follows it too.
-_SAME = ("density", "num_blocks", "density_pattern", "score", "budget", "spread")
+_SAME = ("density", "num_blocks", "density_pattern", "score", "budget", "spread", "coupled")
 # A selection that keeps to a cap keeps to every looser one.
 _CAPS = ("max_column_share", "max_lora_rank")
 _SETTLED = (*_SAME, *_CAPS, "block_size")

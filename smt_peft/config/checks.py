@@ -183,6 +183,11 @@ def _check_low_rank(config: SMTConfig) -> None:
             f"max_lora_rank={config.max_lora_rank} is the rank of blocks and low-rank pair together, and "
             f"lora_rank={config.lora_rank} leaves none of it to the blocks; raise max_lora_rank, or lower lora_rank"
         )
+    if config.avoid is not None:
+        raise ValueError(
+            f"avoid keeps clear of the weights of others, but lora_rank={config.lora_rank} puts a low-rank pair beside "
+            "the blocks, which changes all weights of a module; leave one of them out"
+        )
     if config.target_parameters:
         raise ValueError(
             f"lora_rank={config.lora_rank} puts a low-rank pair beside the blocks of linear layers, and "

@@ -90,7 +90,7 @@ def export_lora(
     Raises:
         FileExistsError: `out_dir` exists and is not empty.
     """
-    _check_rank(rank)
+    _check_amount(rank, min_energy)
     with directory_aside(Path(out_dir)) as aside:
         form = convert_to_lora(adapter_dir, rank, min_energy=min_energy)
         form = form.uniform() if uniform_rank else form
@@ -120,10 +120,10 @@ def convert_to_lora(
         min_energy: raise when less than this share is kept in total. Without it, less than 0.99 is warned of.
 
     Raises:
-        ValueError: `rank` is none of these, there is no such adapter or nothing was trained in it, a layer has no LoRA
-            form (named), or less than `min_energy` is kept.
+        ValueError: `rank` is none of these or `min_energy` no share, there is no such adapter or nothing was trained in
+            it, a layer has no LoRA form (named), or less than `min_energy` is kept.
     """
-    _check_rank(rank)
+    _check_amount(rank, min_energy)
     model = load_adapter(source) if isinstance(source, (str, Path)) else source
     layers = _layers(model, adapter_name)
     tensors, ranks, kept, total = {}, {}, {}, {}
@@ -161,7 +161,9 @@ def exact_ranks(source: PeftModel | str | Path, adapter_name: str = "default") -
     return ranks
 
 
-def _check_rank(rank: object) -> None:
+def _check_amount(rank: object, min_energy: float | None) -> None:
+    if min_energy is not None and not 0 <= min_energy <= 1:
+        raise ValueError(f"min_energy must be a share from 0 to 1, got {min_energy}")
     is_number = isinstance(rank, (int, float)) and not isinstance(rank, bool)
     if rank == "exact" or (is_number and (0 < rank <= 1 if isinstance(rank, float) else rank >= 1)):
         return

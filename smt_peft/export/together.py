@@ -23,12 +23,17 @@ def base_of_all(adapter_dirs: Sequence[Path]) -> str:
     bases = {directory: settings_of(directory)["base_model_name_or_path"] for directory in adapter_dirs}
     first = adapter_dirs[0]
     for directory, base in bases.items():
-        if base != bases[first]:
+        if _place(base) != _place(bases[first]):
             raise ValueError(
                 f"{directory} was trained on {base}, but {first} on {bases[first]}; only adapters of one base can be "
                 "merged together"
             )
     return bases[first]
+
+
+def _place(base: str | None) -> str | None:
+    """One name for a directory, however an adapter has written its path."""
+    return str(Path(base).resolve()) if base and Path(base).is_dir() else base
 
 
 class EditsTogether:

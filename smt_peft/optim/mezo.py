@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -66,10 +67,12 @@ class MeZO(torch.optim.Optimizer):
         seed: int = 0,
         masks: Masks | None = None,
     ):
-        if not (math.isfinite(eps) and eps > 0):
-            raise ValueError(f"eps must be a finite number above 0, got {eps}")
+        if not (_is_finite(eps) and eps > 0):
+            raise ValueError(f"eps must be a finite number above 0, got {eps!r}")
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise ValueError(f"samples must be a whole number of at least 1, got {samples!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed must be a whole number, got {seed!r}")
         self.eps, self.samples, self.masks, self._estimated = eps, samples, masks, False
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "seed": seed, "num_updates": 0})
         self.projected = torch.zeros(samples, dtype=torch.float64, device=self.param_groups[0]["params"][0].device)
@@ -80,8 +83,8 @@ class MeZO(torch.optim.Optimizer):
         group = self.param_groups[number]
         try:
             for name in ("lr", "weight_decay"):
-                if not (math.isfinite(group[name]) and group[name] >= 0):
-                    raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]}")
+                if not (_is_finite(group[name]) and group[name] >= 0):
+                    raise ValueError(f"{name} must be a finite number of at least 0, got {group[name]!r}")
             for i, param in enumerate(group["params"]):
                 _check_param(param, f"parameter {i} of group {number}")
         except ValueError:
@@ -101,6 +104,9 @@ class MeZO(torch.optim.Optimizer):
 
         Returns:
             The mean of the losses, which is the loss at the parameters up to eps^2; fp64.
+
+        Raises:
+            ValueError: the closure returns something else; the parameters are as they were.
         """
         params = [param for _, _, param in self._trained()]
         originals = [param.clone() for param in params]
@@ -110,7 +116,7 @@ class MeZO(torch.optim.Optimizer):
                 for side in (self.eps, -self.eps):
                     self._displace(originals, sample, side)
                     rewind()
-                    losses.append(torch.as_tensor(closure()).detach().to(self.projected))
+                    losses.append(_loss(closure()).to(self.projected))
         finally:
             for param, original in zip(params, originals, strict=True):
                 param.copy_(original)
@@ -195,6 +201,19 @@ class MeZO(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("eps", "samples", "masks", "projected", "_estimated")}
         return {**super().__getstate__(), **own}
+
+
+def _loss(value: Any) -> Tensor:
+    """What a closure has returned, as a scalar."""
+    if not isinstance(value, (Real, Tensor)) or (isinstance(value, Tensor) and value.numel() != 1):
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the closure of MeZO must return the loss, one number, got {what}; return model(...).loss")
+    return torch.as_tensor(value).detach().reshape(())
+
+
+def _is_finite(value: Any) -> bool:
+    # A learning rate may be a tensor.
+    return isinstance(value, (Real, Tensor)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_param(param: Tensor, where: str) -> None:

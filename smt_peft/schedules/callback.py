@@ -16,6 +16,10 @@ from .schedule import Schedule
 FILE = "schedules.pt"
 
 
+class ScheduleError(ValueError):
+    """A schedule cannot run on the model, with the optimizer, or from the checkpoint that the training begins with."""
+
+
 class ScheduleCallback(TrainerCallback):
     """Runs schedules around the updates of a trainer, and saves their state in its checkpoints.
 
@@ -23,9 +27,9 @@ class ScheduleCallback(TrainerCallback):
         schedules: each of another kind.
 
     Raises:
-        ValueError: no schedule, two of a kind, or two that both decide what trains; from `train`: a schedule cannot run
-            on the model, the training is sharded or distributed in a way that wants a gradient of every parameter, or
-            the checkpoint that is resumed from was saved without these schedules.
+        ValueError: no schedule, two of a kind, or two that both decide what trains; from `train`, a `ScheduleError`: a
+            schedule cannot run on the model, the training is sharded or distributed in a way that wants a gradient of
+            every parameter, or the checkpoint that is resumed from was saved without these schedules.
     """
 
     def __init__(self, *schedules: Schedule):
@@ -37,6 +41,12 @@ class ScheduleCallback(TrainerCallback):
         self.schedules = sorted(schedules, key=lambda schedule: schedule.decides_what_trains)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        try:
+            self._begin(args, state, model, optimizer)
+        except ValueError as error:
+            raise ScheduleError(str(error)) from error
+
+    def _begin(self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         check_engine(args, self.schedules)
         for schedule in self.schedules:
             schedule.check_arguments(args)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..tuner.delta import SMTBlocks
 from ..tuner.effective import covered_weights
 from ..tuner.layer import SMTLayer
-from .moments import Moments
-from .schedule import Schedule
+from .moments import Moments, check_held
+from .schedule import SEEDS, Schedule, check_share, check_whole
 from .trained import by_layer, train_only, trained_blocks
 
 MAX_SHARE = 0.95
@@ -60,11 +60,10 @@ class Freezing(Schedule):
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 < self.share <= MAX_SHARE:
-            raise ValueError(f"share must be above 0 and at most {MAX_SHARE}, got {self.share}")
-        for name in ("every", "rest"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_share(self, MAX_SHARE)
+        check_whole(self, every=1, seed=None)
+        if self.rest is not None:
+            check_whole(self, rest=1)
         for name, known in (("unit", get_args(Unit)), ("moments", get_args(Kept))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -79,6 +78,7 @@ class Freezing(Schedule):
         self._blocks = trained_blocks(model)
         self._units = self._grouped()
         self._check()
+        check_held(optimizer, {name: module.weight for name, module in self._blocks.items()})
         self._order = self._drawn()
         self._norms = base_norms(model, self._blocks)
         self._moments = None if self.moments == "keep" else Moments(optimizer, self.moments)
@@ -115,8 +115,12 @@ class Freezing(Schedule):
 
     def _drawn(self) -> list[str]:
         units = list(self._units)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed & SEEDS)
         return [units[i] for i in torch.randperm(len(units), generator=generator).tolist()]
+
+    def before_update(self, step: int) -> None:
+        # Whoever switches adapters meanwhile lets all blocks of the active one train.
+        train_only(self._blocks, self._names(self._active))
 
     def after_update(self, step: int) -> None:
         if step % self.every == 0:

@@ -17,6 +17,19 @@ def check_keeping(keeping: str) -> None:
         raise ValueError(f"moments must be {' or '.join(get_args(Keeping))}, got {keeping!r}")
 
 
+def check_held(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise `ValueError` unless the optimizer, one wrapped by Accelerate too, holds the blocks of all these modules."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
+    if missing:
+        raise ValueError(
+            f"{type(optimizer).__name__} does not hold the blocks of {missing[0]} ({len(missing)} of "
+            f"{len(parameters)} modules are missing), so they would never train; make the optimizer while all blocks "
+            "require a gradient, and take one that updates in step(), not in backward"
+        )
+
+
 class Moments:
     """The optimizer's state of parameters that rest.
 
@@ -77,19 +90,11 @@ class Moments:
         self._resting = dict(state)
 
     def _check(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        kind = type(self.optimizer).__name__
-        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-        missing = [name for name, parameter in parameters.items() if id(parameter) not in held]
-        if missing:
-            raise ValueError(
-                f"{kind} does not hold the blocks of {missing[0]} ({len(missing)} of {len(parameters)} modules are "
-                "missing), so they would never train; make the optimizer while all blocks require a gradient, and take "
-                "one that updates in step(), not in backward"
-            )
+        check_held(self.optimizer, parameters)
         if getattr(self.optimizer, "is_paged", False):
             raise ValueError(
-                f"optim: the pages of a paged optimizer ({kind}) are never given back, so resting layers would keep "
-                "theirs; take the same one without paging"
+                f"optim: the pages of a paged optimizer ({type(self.optimizer).__name__}) are never given back, so "
+                "resting layers would keep theirs; take the same one without paging"
             )
 
 

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..optim import SMTAdamW
+from ..selection.avoid import avoided_selections, touched_blocks
 from ..selection.replacement import regrown
 from ..selection.scores import GradientScore
 from ..selection.taps import TrainingTaps
 from ..tuner.delta import SMTBlocks
 from ..tuner.layer import SMTLayer
 from ..tuner.linear import Linear
-from .schedule import Schedule
+from .schedule import Schedule, check_share, check_whole
 from .trained import trained_blocks
 
 Dropped = Literal["revert", "keep"]
@@ -56,13 +57,10 @@ class Regrowth(Schedule):
     dropped: Dropped = "revert"
 
     def __post_init__(self):
-        for name in ("every", "score_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_whole(self, every=1, score_steps=1)
         if self.score_steps > self.every:
             raise ValueError(f"score_steps={self.score_steps} do not fit between two reselections, every={self.every}")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+        check_share(self, 1)
         for name, kinds in (("score", RegrowthScore), ("dropped", Dropped)):
             if getattr(self, name) not in get_args(kinds):
                 raise ValueError(f"{name} must be {' or '.join(get_args(kinds))}, got {getattr(self, name)!r}")
@@ -279,14 +277,15 @@ def check_movable(config: Any) -> None:
 
 
 def _closed(blocks: dict[str, SMTBlocks], config: Any) -> dict[str, np.ndarray]:
-    """Per module the blocks that may not be chosen, bool `(R, C)`, where the config caps how the blocks lie.
+    """Per module the blocks that may not be chosen, bool `(R, C)`: those to avoid, and where the config caps how blocks
+    lie.
 
     What the caps left is no longer known; blocks within the columns, and for a cap of the rank also the rows, that the
     selection touches keep them.
     """
+    closed = touched_blocks(avoided_selections(config), {name: module.grid for name, module in blocks.items()})
     if config.max_column_share is None and config.max_lora_rank is None:
-        return {}
-    closed = {}
+        return closed
     for name, module in blocks.items():
         open_RC = np.zeros(module.grid.stripes, dtype=bool)
         rows, cols = module.index.cpu().numpy().T
@@ -295,7 +294,7 @@ def _closed(blocks: dict[str, SMTBlocks], config: Any) -> dict[str, np.ndarray]:
             touched = np.zeros_like(open_RC)
             touched[rows] = True
             open_RC &= touched
-        closed[name] = ~open_RC
+        closed[name] = closed.get(name, False) | ~open_RC
     return closed
 
 

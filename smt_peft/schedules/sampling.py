@@ -11,7 +11,7 @@ from torch import nn
 
 from .inputs import end_above_input
 from .moments import Keeping, Moments, check_keeping
-from .schedule import Schedule
+from .schedule import SEEDS, Schedule, check_whole
 from .trained import by_layer, train_only, trained_blocks
 
 Order = Literal["draw", "shuffle", "ascending", "descending", "fixed"]
@@ -48,9 +48,7 @@ class LayerSampling(Schedule):
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("layers", "every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_whole(self, layers=1, every=1, seed=None)
         if self.order not in get_args(Order):
             raise ValueError(f"order must be one of {', '.join(get_args(Order))}, got {self.order!r}")
         check_keeping(self.moments)
@@ -119,7 +117,7 @@ class LayerSampling(Schedule):
         return layers[place * self.layers :][: self.layers]
 
     def _shuffled(self, layers: list[str], number: int) -> list[str]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) & SEEDS)
         return [layers[i] for i in torch.randperm(len(layers), generator=generator).tolist()]
 
     def _train(self, period: int) -> None:

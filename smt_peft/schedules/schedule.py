@@ -8,6 +8,26 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+#: What a generator takes of a seed.
+SEEDS = 2**64 - 1
+
+
+def check_whole(schedule: Schedule, **least: int | None) -> None:
+    """Raise `ValueError` unless each of these settings is a whole number of at least so much (None: any)."""
+    for name, bound in least.items():
+        value = getattr(schedule, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if bound is not None and value < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}")
+
+
+def check_share(schedule: Schedule, most: float) -> None:
+    """Raise `ValueError` unless `share` is a number above 0 and at most so much."""
+    share = schedule.share
+    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= most:
+        raise ValueError(f"share must be above 0 and at most {most:g}, got {share!r}")
+
 
 class Schedule(ABC):
     """Something about the trained blocks that changes while they train. Subclasses are dataclasses of settings.

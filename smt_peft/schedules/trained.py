@@ -75,6 +75,7 @@ def _numbered(name: str) -> list[str]:
 def train_only(blocks: Mapping[str, SMTBlocks], names: set[str]) -> None:
     """Let the blocks of these modules train and no others: those get no gradient, and save nothing for one."""
     for name, module in blocks.items():
-        module.weight.requires_grad_(name in names)
-        if name not in names:
+        module.resting = name not in names
+        module.weight.requires_grad_(not module.resting)
+        if module.resting:
             module.weight.grad = None

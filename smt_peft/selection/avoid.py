@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -41,9 +41,16 @@ def avoided_blocks(
         FileNotFoundError: `avoid` names no file.
         ValueError: a selection was made on another base, or for a weight of another shape; names the module.
     """
-    marks: dict[str, np.ndarray] = {}
-    for selection in avoided_selections(config):
+    selections = avoided_selections(config)
+    for selection in selections:
         _check_base(selection, targets)
+    return touched_blocks(selections, grids)
+
+
+def touched_blocks(selections: Sequence[BlockSelection], grids: Mapping[str, BlockGrid]) -> dict[str, np.ndarray]:
+    """Which blocks share a weight with those of the selections: bool `(R, C)` for every matrix that has some."""
+    marks: dict[str, np.ndarray] = {}
+    for selection in selections:
         for name, grid in grids.items():
             layout = _layout(selection, name, grid)
             if layout is not None:

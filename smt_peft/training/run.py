@@ -29,6 +29,7 @@ from ..report.picture import draw_selection
 from ..report.series import tokens_per_second
 from ..report.table import report
 from ..schedules import ScheduleCallback
+from ..schedules.callback import ScheduleError
 from ..selection import select_blocks
 from ..selection.combine import load_selection
 from ..tuner.delta import SMTBlocks
@@ -240,7 +241,12 @@ def fit(run: Run, trainer: Trainer, checkpoint: str | None = None) -> float:
     # run and one with a selection file draw the same.
     set_seed(run.trainer.seed)
     trainer.args.resume_from_checkpoint = checkpoint  # For callbacks with a state of their own.
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ScheduleError as error:
+        # They decide what trains, so there is one at most.
+        name = run.schedules[0].name
+        raise ConfigError(f"{run.source.place(name)}: {name}: {error}") from error
     return trainer.seconds
 
 

@@ -22,6 +22,7 @@ class SMTBlocks(nn.Module):
         weight: trainable delta from the base weight, `(num_blocks, rows, cols)`, fp32, zero at the start.
         index: `(row, col)` block coordinates, int32 `(num_blocks, 2)`, sorted and unique; saved with the weight.
         retired: blocks of the same grid, at other places, that train no longer and still act; None: there are none.
+        resting: whether a schedule lets them rest, so that enabling the adapter does not let them train again.
 
     Args:
         name: of the module, for messages.
@@ -33,6 +34,7 @@ class SMTBlocks(nn.Module):
 
     kind, starts_at_zero = "smt_blocks", "weight"
     retired: SMTBlocks | None = None
+    resting = False
 
     def __init__(self, name: str, grid: BlockGrid, num_blocks: int, looked_up: bool = False, int8: bool = False):
         super().__init__()

@@ -126,6 +126,17 @@ class SMTLayer(BaseTunerLayer):
         # PEFT hands one list to all layers; a compiler notes which of them share it, and would compile anew once
         # switching adapters has changed that.
         self._active_adapter = list(self._active_adapter)
+        for blocks in self.smt_blocks.values():
+            blocks.resting = False
+
+    def enable_adapters(self, enabled: bool) -> None:
+        resting = [blocks for blocks in self.smt_blocks.values() if blocks.resting]
+        super().enable_adapters(enabled)
+        # PEFT lets all of the active adapters train then, in the middle of a step where a reference is computed without
+        # them.
+        for blocks in resting:
+            blocks.resting = True
+            blocks.weight.requires_grad_(False)
 
     def acting(self) -> list[str]:
         """The adapters that a call is to compute with, after an interrupted swap is put right."""

@@ -54,7 +54,7 @@ class LowRank(nn.Module):
     def _start(self, config: SMTConfig) -> None:
         # Of the module's own: the same in every process of a run, in one that is given its selection and in one that
         # has chosen it first; and without the pair nothing draws another number than it did.
-        generator = torch.Generator("cpu").manual_seed(config.seed ^ zlib.crc32(self.name.encode()))
+        generator = torch.Generator("cpu").manual_seed((config.seed ^ zlib.crc32(self.name.encode())) & _SEEDS)
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         self.lora_A.copy_(torch.rand(self.lora_A.shape, generator=generator, device="cpu").mul_(2).sub_(1).mul_(bound))
         if not config.init_weights:
@@ -157,6 +157,8 @@ def dense_sum(weight_Brc: Tensor, layout: BlockLayout, lora_A_rK: Tensor, lora_B
     return total_NK.to(torch.promote_types(weight_Brc.dtype, torch.float32))
 
 
+# What a generator takes of a seed; `SMTConfig` takes any whole number.
+_SEEDS = 2**64 - 1
 # 2 MB of fp64, which stay in a core's cache while the columns are added up.
 _ELEMENTS = 1 << 18
 

@@ -261,6 +261,8 @@ def test_the_command_line_writes_what_an_environment_without_this_package_loads(
     [
         (["--rank", "best"], "rank must be 'exact', a positive int, or a float"),
         (["--rank", "1", "--min-energy", "0.9"], "min_energy=0.9 asks for more"),
+        (["--rank", "1", "--min-energy", "nan"], "min_energy must be a share from 0 to 1, got nan"),
+        (["--min-energy", "95"], "min_energy must be a share from 0 to 1, got 95.0"),
         ([], "not empty; choose a new directory"),
     ],
 )

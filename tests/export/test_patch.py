@@ -352,6 +352,13 @@ print(AutoModelForCausalLM.from_pretrained(sys.argv[1]).num_parameters())
 """
 
 
+@pytest.mark.parametrize("option", [["--rank", "8"], ["--uniform-rank"], ["--min-energy", "0"]])
+def test_what_is_about_lora_is_refused_beside_a_patch(tmp_path, capsys, option):
+    patch = tmp_path / "patch"
+    assert main(["export", str(tmp_path), str(patch), "--format", "patch", *option]) == 2
+    assert f"{option[0]} is about LoRA" in capsys.readouterr().err and not patch.exists()
+
+
 def test_the_command_line_in_out_and_loaded_alone(ready, capsys):
     base, patch = str(ready / "base"), str(ready / "new.safetensors")
     before = content(ready / "base")

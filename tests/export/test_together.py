@@ -158,3 +158,6 @@ def test_what_cannot_be_merged_together_leaves_nothing(tmp_path):
     (tmp_path / "other" / "adapter_config.json").write_text(config.replace("/base", "/elsewhere"))
     with pytest.raises(ValueError, match="only adapters of one base can be merged together"):
         merge_adapter([tmp_path / "a", tmp_path / "other"], tmp_path / "out")
+    # The same directory in other words.
+    (tmp_path / "other" / "adapter_config.json").write_text(config.replace("/base", "/base/../base"))
+    merge_adapter([tmp_path / "a", tmp_path / "other"], tmp_path / "out")

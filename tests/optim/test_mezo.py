@@ -322,7 +322,10 @@ def test_a_step_needs_a_loss():
     [
         ({"lr": -1.0}, "lr must be a finite number of at least 0, got -1.0"),
         ({"weight_decay": float("nan")}, "weight_decay must be"),
+        ({"lr": "1e-4"}, "lr must be a finite number of at least 0, got '1e-4'"),
         ({"eps": 0.0}, "eps must be a finite number above 0"),
+        ({"eps": "1e-3"}, "eps must be a finite number above 0, got '1e-3'"),
+        ({"seed": None}, "seed must be a whole number, got None"),
         ({"samples": 0}, "samples must be a whole number of at least 1, got 0"),
         ({"samples": 1.5}, "samples must be"),
     ],
@@ -330,6 +333,19 @@ def test_a_step_needs_a_loss():
 def test_numbers_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         MeZO(parameters(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("returned", "what"),
+    [(None, "NoneType"), ({"loss": 1.0}, "dict"), (torch.zeros(3), r"a tensor of shape \(3,\)")],
+)
+def test_a_closure_that_returns_no_loss_is_refused_and_leaves_the_parameters(returned, what):
+    params = parameters()
+    before = [param.detach().clone() for param in params]
+    optimizer = MeZO(params)
+    with pytest.raises(ValueError, match=f"must return the loss, one number, got {what}"):
+        optimizer.step(lambda: returned)
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
 
 
 def test_float16_is_refused():

@@ -286,7 +286,12 @@ def test_experts_and_tables_that_rest_save_nothing(how):
     [
         ({"share": 0.96}, "share must be above 0 and at most 0.95, got 0.96"),
         ({"share": 0}, "share must be above 0"),
+        ({"share": "0.9"}, "share must be above 0 .* got '0.9'"),
         ({"every": 0}, "every must be at least 1"),
+        ({"every": 1.5}, "every must be a whole number, got 1.5"),
+        ({"every": None}, "every must be a whole number, got None"),
+        ({"rest": True}, "rest must be a whole number, got True"),
+        ({"seed": "0"}, "seed must be a whole number"),
         ({"rest": 0}, "rest must be at least 1"),
         ({"unit": "block"}, "unit must be one of module, layer, got 'block'"),
         ({"moments": "burn"}, "moments must be one of keep, drop, move"),
@@ -308,6 +313,55 @@ def test_settings_that_no_module_can_follow_are_refused_by_name(settings, messag
     model = adapted(layers=2)
     with pytest.raises(ValueError, match=message):
         Freezing(**settings).begin(model, optimizer_of(model), 10)
+
+
+@pytest.mark.parametrize("schedule", [Freezing(share=0.5, every=3), LayerSampling(layers=2, every=3)])
+def test_a_reference_without_the_adapter_wakes_nothing_that_rests(schedule):
+    """As DPO computes one in every step, before or after the pass whose gradient is taken."""
+    model = adapted()
+    blocks, optimizer = trained_blocks(model), optimizer_of(model)
+    schedule.begin(model, optimizer, 3)
+    resting = blocks.keys() - active_in(blocks)
+    for step in (1, 2):
+        with torch.no_grad(), model.disable_adapter():
+            model(**batch(seed=step))
+        model(**batch(seed=step)).loss.backward()
+        # Before anything is clipped.
+        assert {name for name, module in blocks.items() if module.weight.grad is None} == resting
+        schedule.before_update(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.after_update(step)
+    assert resting and {name for name, module in blocks.items() if not module.weight.any()} == resting
+    schedule.end()
+    with model.disable_adapter():
+        pass
+    assert active_in(blocks) == blocks.keys()
+
+
+def test_an_adapter_that_is_switched_away_and_back_does_not_wake_what_is_frozen():
+    model = adapted()
+    blocks, optimizer = trained_blocks(model), optimizer_of(model)
+    model.add_adapter("other", SMTConfig(block_size=4, density=0.05, score="random"))
+    schedule = Freezing(share=0.5, every=3)
+    schedule.begin(model, optimizer, 3)
+    active = active_in(blocks)
+    model.set_adapter("other")
+    model.set_adapter("default")
+    model(**batch()).loss.backward()
+    schedule.before_update(1)
+    optimizer.step()
+    assert {name for name, module in blocks.items() if module.weight.any()} == active
+
+
+@pytest.mark.parametrize("moments", ["keep", "move"])
+def test_an_optimizer_without_the_blocks_is_refused_and_nothing_is_frozen(moments):
+    model = adapted(layers=2)
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    with pytest.raises(ValueError, match=r"SGD does not hold the blocks of .*q_proj \(14 of 14 modules are missing\)"):
+        Freezing(share=0.5, moments=moments).begin(model, other, 10)
+    blocks = trained_blocks(model)
+    assert active_in(blocks) == blocks.keys()
 
 
 def test_two_schedules_that_decide_what_trains_are_refused():

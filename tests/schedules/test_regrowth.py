@@ -18,13 +18,14 @@ from scheduled import adapted, train
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from smt_peft import SMTConfig
+from smt_peft import SMTConfig, select_blocks
 from smt_peft.optim import SMTAdamW
 from smt_peft.schedules import LayerSampling, Regrowth, ScheduleCallback
 from smt_peft.schedules.regrowth import check_movable, least_moved
 from smt_peft.schedules.trained import trained_blocks
 from smt_peft.selection.scores import GradientScore, block_means
 from smt_peft.selection.taps import TrainingTaps
+from smt_peft.tuner.held import held_selection
 from smt_peft.tuner.layer import SMTLayer
 
 STEPS = 24
@@ -333,6 +334,23 @@ def test_padding_stays_zero_and_does_not_count():
         assert torch.equal(least_moved(module, 2), torch.tensor([0, 1]))
 
 
+@pytest.mark.parametrize("cap", [{}, {"max_column_share": 0.5}])
+def test_blocks_to_avoid_stay_avoided(cap):
+    """Also after a resume by a config that knows no `avoid`, as a saved one."""
+    config = {"target_modules": ["up", "down"], "block_size": 3, "spread": "free", "score": "magnitude"}
+    others = select_blocks(small()[0], SMTConfig(**config | {"density": 0.4, "score": "random"}))
+    _, model = small(density=0.2, avoid=others, **cap)
+    schedule = Regrowth(**SETTINGS)
+    optimizer = SMTAdamW(trainable(model), **NUMBERS)
+    run(model, schedule, optimizer, STEPS // 2)
+    state = schedule.state_dict()
+    model.peft_config["default"].avoid = None
+    run(model, schedule, optimizer, first=STEPS // 2 + 1, state=state)
+    schedule.end()
+    held = held_selection(model, others)
+    assert schedule.replaced > 0 and held.num_common(others) == 0
+
+
 @pytest.mark.parametrize("cap", [{"max_column_share": 0.5}, {"max_lora_rank": 6}])
 @pytest.mark.parametrize("dropped", ["revert", "keep"])
 def test_the_caps_of_the_config_hold(cap, dropped):
@@ -424,6 +442,9 @@ class TestRefused:
             ({"every": 4, "score_steps": 5}, "score_steps=5 do not fit between two reselections, every=4"),
             ({"share": 0}, "share must be above 0 and at most 1, got 0"),
             ({"share": 1.5}, "share must be above 0"),
+            ({"share": True}, "share must be above 0"),
+            ({"every": 20.0}, "every must be a whole number, got 20.0"),
+            ({"score_steps": "5"}, "score_steps must be a whole number, got '5'"),
             ({"score": "taylor"}, "score must be grad_abs or grad_sq or mean_abs, got 'taylor'"),
             ({"dropped": "burn"}, "dropped must be revert or keep, got 'burn'"),
         ],

@@ -289,10 +289,28 @@ def test_more_layers_than_there_are_is_refused_by_name():
         LayerSampling(layers=3).begin(model, optimizer_of(model), 10)
 
 
-@pytest.mark.parametrize("wrong", [{"layers": 0}, {"every": 0}, {"order": "sideways"}, {"moments": "burn"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layers": 0},
+        {"layers": 2.5},
+        {"layers": True},
+        {"every": 0},
+        {"every": "3"},
+        {"seed": None},
+        {"order": "sideways"},
+        {"moments": "burn"},
+    ],
+)
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         LayerSampling(**wrong)
+
+
+def test_any_whole_number_is_a_seed():
+    layers = [str(i) for i in range(8)]
+    for seed in (-1, 10**13, 10**30):
+        assert len(LayerSampling(seed=seed).turn(layers, 5)) == 2
 
 
 def test_the_presets_are_the_papers():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,3 +232,11 @@ def test_what_cannot_be_is_refused_by_name(preferences, capsys, changed, message
 
     assert cli.main(["train", "--dry-run", str(preferences.write("refused", **changed))]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("block", [{"freezing": {"share": 0.5}}, {"layer_sampling": {"layers": 1}}])
+def test_what_rests_goes_on_resting_while_the_reference_is_computed(preferences, tmp_path, block):
+    """Checkpointing notices when other blocks train in the recomputation."""
+    workshop = replace(preferences, directory=tmp_path)
+    metrics = train(load_run(workshop.write("resting", max_steps=2, gradient_checkpointing=True, **block)))
+    assert sorted(losses(metrics)) == [1, 2]

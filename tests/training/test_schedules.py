@@ -154,6 +154,19 @@ def test_what_is_wrong_in_freezing_is_said_with_its_line(workshop):
     assert load_run(workshop.write("unbounded", freezing={"rest": None})).schedules == (Freezing(rest=None),)
 
 
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"layer_sampling": {"layers": 3}}, "layer_sampling: layers=3 train at a time, but only 2 have blocks"),
+        ({"freezing": {"share": 0.9, "rest": 2}}, "freezing: rest=2, but with share=0.9 it takes 7 intervals"),
+    ],
+)
+def test_what_the_model_does_not_allow_is_said_with_its_line(workshop, tmp_path, block, message):
+    workshop = replace(workshop, directory=tmp_path)
+    with pytest.raises(ConfigError, match=rf"line \d+: {message}"):
+        train(load_run(workshop.write("run", **block)))
+
+
 def test_two_blocks_that_both_decide_what_trains_are_refused_with_a_line(workshop):
     with pytest.raises(ConfigError, match="layer_sampling and freezing both decide which blocks train") as caught:
         load_run(workshop.write("both", freezing={}, layer_sampling={"layers": 1}))

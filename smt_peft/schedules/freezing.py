@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..tuner.delta import SMTBlocks
 from ..tuner.effective import covered_weights
 from ..tuner.layer import SMTLayer
+from .inputs import end_above_input
 from .moments import Moments
 from .schedule import Schedule
 from .trained import by_layer, train_only, trained_blocks
@@ -68,6 +69,7 @@ class Freezing(Schedule):
         for name, known in (("unit", get_args(Unit)), ("moments", get_args(Kept))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        self._begun = False
 
     def begin(
         self,
@@ -76,12 +78,17 @@ class Freezing(Schedule):
         total_steps: int,
         state: dict[str, Any] | None = None,
     ) -> None:
+        if self._begun:
+            # An earlier training was cut off.
+            self.end()
         self._blocks = trained_blocks(model)
         self._units = self._grouped()
         self._check()
         self._order = self._drawn()
         self._norms = base_norms(model, self._blocks)
         self._moments = None if self.moments == "keep" else Moments(optimizer, self.moments)
+        # Before anything rests: an embedding that does may train again.
+        self._input, self._begun = end_above_input(model), True
         if state is None:
             #: By unit: its change when it last trained, and for how many intervals it has rested.
             self._changes: dict[str, float] = {}
@@ -118,17 +125,23 @@ class Freezing(Schedule):
         generator = torch.Generator().manual_seed(self.seed)
         return [units[i] for i in torch.randperm(len(units), generator=generator).tolist()]
 
+    def before_update(self, step: int) -> None:
+        # Whoever switches adapters meanwhile lets all blocks of the active one train.
+        train_only(self._blocks, self._names(self._active))
+
     def after_update(self, step: int) -> None:
         if step % self.every == 0:
             self._measure()
             self._start_interval(self.chosen())
 
     def end(self) -> None:
-        names = self._blocks.keys()
         if self._moments:
-            self._moments.wake((name, self._blocks[name].weight) for name in names)
-        train_only(self._blocks, set(names))
-        self._before.clear()
+            self._moments.wake((name, blocks.weight) for name, blocks in self._blocks.items())
+            self._moments.release()
+        train_only(self._blocks, set(self._blocks))
+        if self._input is not None:
+            self._input.remove()
+        self._blocks, self._before, self._input, self._begun = {}, {}, None, False
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -223,6 +223,20 @@ class TestScores:
             torch.testing.assert_close(taps.scores[name].sums, wanted, rtol=1e-4, atol=1e-8)
         assert not taps._pairs and not any(m._forward_hooks for m in taps.layers.values())
 
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_after_an_evaluation_a_module_is_let_go_as_soon_as_backward_has_left_it(self, checkpointing):
+        model = adapted(layers=2).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        taps, held = self.watched(model, trained_blocks(model)), []
+        for score in taps.scores.values():
+            score.add = lambda pairs: held.append(len(taps._pairs))
+        with taps.installed():
+            with torch.no_grad():
+                model.eval()(**llama_batch())
+            model.train()(**llama_batch()).loss.backward()
+        assert held == [0] * len(taps.scores)
+
     def test_uses_of_a_shared_module_are_one_gradient(self):
         torch.manual_seed(0)
         shared = nn.Sequential(nn.Linear(12, 12), nn.Tanh())

@@ -79,8 +79,8 @@ class Freezing(Schedule):
         state: dict[str, Any] | None = None,
     ) -> None:
         if self._begun:
-            # An earlier training was cut off.
-            self.end()
+            # An earlier training was cut off; its moments are no longer those of the optimizer.
+            self._let_go()
         self._blocks = trained_blocks(model)
         self._units = self._grouped()
         self._check()
@@ -137,6 +137,10 @@ class Freezing(Schedule):
     def end(self) -> None:
         if self._moments:
             self._moments.wake((name, blocks.weight) for name, blocks in self._blocks.items())
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._moments:
             self._moments.release()
         train_only(self._blocks, set(self._blocks))
         if self._input is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import weakref
@@ -198,6 +199,46 @@ def test_a_training_that_was_cut_off_begins_again_with_all_modules(moments):
     schedule.begin(model, optimizer, 10)
     train(model, schedule, math.ceil(14 / 3), optimizer, lambda step: seen.append(active_in(blocks)))
     assert set().union(*seen) == blocks.keys() == active_in(blocks)
+
+
+@pytest.mark.parametrize("moments", ["keep", "drop", "move"])
+def test_going_on_in_the_process_whose_training_went_further_is_as_if_it_had_not(moments):
+    """As a trainer resumes after an error: model and optimizer are restored, then the schedule begins."""
+
+    def trained(schedule, model, optimizer, steps, state=None, each=lambda step: None):
+        schedule.begin(model, optimizer, 12, state)
+        for step in steps:
+            model(**batch(seed=step)).loss.backward()
+            schedule.before_update(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.after_update(step)
+            each(step)
+
+    def made():
+        model = adapted(layers=2)
+        return Freezing(share=0.7, every=2, moments=moments), model, optimizer_of(model, lr=1e-2)
+
+    straight, saved = made(), {}
+    trained(*straight, range(1, 13))
+    schedule, model, optimizer = made()
+
+    def save(step):
+        if step == 5:
+            parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            saved.update({name: copy.deepcopy(part.state_dict()) for name, part in parts.items()})
+
+    trained(schedule, model, optimizer, range(1, 12), each=save)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    trained(schedule, model, optimizer, range(6, 13), saved["schedule"])
+    for part in (straight[0], schedule):
+        part.end()
+    ours, truth = trained_blocks(model), trained_blocks(straight[1])
+    assert all(torch.equal(ours[name].weight, module.weight) for name, module in truth.items())
+    for name, module in truth.items():
+        state, expected = optimizer.state[ours[name].weight], straight[2].state[module.weight]
+        assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
 
 
 @pytest.mark.parametrize("moments", ["keep", "drop", "move"])

@@ -52,6 +52,7 @@ class Freezing(Schedule):
     name: ClassVar[str] = "freezing"
     decides_what_trains: ClassVar[bool] = True
     lets_rest: ClassVar[bool] = True
+    uncounted: ClassVar[str] = "freezing: a step in which nothing is frozen, without the copies to measure changes by"
 
     share: float = 0.9
     every: int = 1

@@ -190,7 +190,8 @@ class MeZO(torch.optim.Optimizer):
             value.add_(noise, alpha=-group["lr"] * gradient / self.samples)
         if param.dtype == torch.bfloat16:
             # To the nearest, most updates would be lost: they are smaller than the spacing of bf16.
-            value = round_stochastically(value, fmix32(group["num_updates"] & 0xFFFFFFFF), index, salt=0)
+            seed = fmix32(fmix32(group["seed"] & 0xFFFFFFFF) ^ group["num_updates"] & 0xFFFFFFFF)
+            value = round_stochastically(value, seed, index, salt=0)
         param.copy_(value)
 
     def _trained(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..tuner.delta import SMTBlocks
 from ..tuner.effective import covered_weights
 from ..tuner.layer import SMTLayer
+from .inputs import end_above_input
 from .moments import Moments, check_held
 from .schedule import SEEDS, Schedule, check_share, check_whole
 from .trained import by_layer, train_only, trained_blocks
@@ -51,6 +52,7 @@ class Freezing(Schedule):
     name: ClassVar[str] = "freezing"
     decides_what_trains: ClassVar[bool] = True
     lets_rest: ClassVar[bool] = True
+    uncounted: ClassVar[str] = "freezing: a step in which nothing is frozen, without the copies to measure changes by"
 
     share: float = 0.9
     every: int = 1
@@ -67,6 +69,7 @@ class Freezing(Schedule):
         for name, known in (("unit", get_args(Unit)), ("moments", get_args(Kept))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        self._begun = False
 
     def begin(
         self,
@@ -75,6 +78,9 @@ class Freezing(Schedule):
         total_steps: int,
         state: dict[str, Any] | None = None,
     ) -> None:
+        if self._begun:
+            # An earlier training was cut off; its moments are no longer those of the optimizer.
+            self._let_go()
         self._blocks = trained_blocks(model)
         self._units = self._grouped()
         self._check()
@@ -82,6 +88,8 @@ class Freezing(Schedule):
         self._order = self._drawn()
         self._norms = base_norms(model, self._blocks)
         self._moments = None if self.moments == "keep" else Moments(optimizer, self.moments)
+        # Before anything rests: an embedding that does may train again.
+        self._input, self._begun = end_above_input(model), True
         if state is None:
             #: By unit: its change when it last trained, and for how many intervals it has rested.
             self._changes: dict[str, float] = {}
@@ -128,11 +136,17 @@ class Freezing(Schedule):
             self._start_interval(self.chosen())
 
     def end(self) -> None:
-        names = self._blocks.keys()
         if self._moments:
-            self._moments.wake((name, self._blocks[name].weight) for name in names)
-        train_only(self._blocks, set(names))
-        self._before.clear()
+            self._moments.wake((name, blocks.weight) for name, blocks in self._blocks.items())
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._moments:
+            self._moments.release()
+        train_only(self._blocks, set(self._blocks))
+        if self._input is not None:
+            self._input.remove()
+        self._blocks, self._before, self._input, self._begun = {}, {}, None, False
 
     def state_dict(self) -> dict[str, Any]:
         return {

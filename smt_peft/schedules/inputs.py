@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -28,8 +30,9 @@ def end_above_input(model: nn.Module) -> RemovableHandle | None:
     return embedding.register_forward_hook(_detached)
 
 
-def _detached(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return output.detach()
+def _detached(module: nn.Module, args: tuple, output: Any) -> Any:
+    # The patches of some images come with their number, of which no trainer can ask for a gradient.
+    return output.detach() if isinstance(output, Tensor) else output
 
 
 def _checkpoints_reentrantly(module: nn.Module) -> bool:

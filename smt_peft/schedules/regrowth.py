@@ -109,6 +109,7 @@ class Regrowth(Schedule):
         self._unwatch()
         for blocks in self._blocks.values():
             blocks.take_in_retired()
+        self._release()
 
     def state_dict(self) -> dict[str, Any]:
         retired = {name: blocks.retired for name, blocks in self._blocks.items() if blocks.retired is not None}
@@ -125,6 +126,7 @@ class Regrowth(Schedule):
         self._retire(state["retired"])
         for blocks in self._blocks.values():
             blocks.take_in_retired()
+        self._release()
 
     @property
     def replaced(self) -> int:
@@ -137,9 +139,13 @@ class Regrowth(Schedule):
         self._retire(state["retired"])
 
     def _retire(self, retired: dict[str, dict[str, Tensor]]) -> None:
-        for name, part in retired.items():
-            device = self._blocks[name].index.device
-            self._blocks[name].retire(part["index"].to(device), part["weight"].to(device))
+        """Let these be the retired blocks, and not those that a training has left which went further."""
+        for name, blocks in self._blocks.items():
+            part = retired.get(name, {"index": blocks.index[:0], "weight": blocks.weight[:0]})
+            blocks.retire(*(part[key].to(blocks.index.device) for key in ("index", "weight")))
+
+    def _release(self) -> None:
+        self._blocks, self._layers, self._closed, self._optimizer = {}, {}, {}, None
 
     def _watch(self, step: int, sums: dict[str, Tensor] | None = None) -> None:
         """Update `step` is done: gather scores from the next one on, or go on, or leave it."""
@@ -169,7 +175,8 @@ class Regrowth(Schedule):
 
     def _reselect(self, step: int) -> None:
         scores = {name: _over_processes(score).finish(1) for name, score in self._taps.scores.items()}
-        if not any(bool(score.any()) for score in scores.values()):
+        # Seen and left out is another matter, as a loss scale that is still too high overflows at first.
+        if not self._taps.reached:
             raise RuntimeError(
                 f"regrowth saw no gradient of any of its {len(scores)} modules in {self.score_steps} updates, as when "
                 "the model was compiled before; leave torch_compile out, or regrowth"
@@ -277,8 +284,7 @@ def check_movable(config: Any) -> None:
 
 
 def _closed(blocks: dict[str, SMTBlocks], config: Any) -> dict[str, np.ndarray]:
-    """Per module the blocks that may not be chosen, bool `(R, C)`: those to avoid, and where the config caps how blocks
-    lie.
+    """Per module the blocks that may not be chosen, bool `(R, C)`: those to avoid, and what the config's caps close.
 
     What the caps left is no longer known; blocks within the columns, and for a cap of the rank also the rows, that the
     selection touches keep them.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..bases.fingerprint import mismatch
+from ..bases.fingerprint import difference, mismatch
 from ..bases.parameters import ParameterTarget
 from ..bases.target import Target
 from ..blocks import BlockGrid, BlockLayout, BlockSelection
@@ -63,10 +63,14 @@ def _check_base(selection: BlockSelection, targets: Mapping[str, Target | Parame
     expected = selection.provenance.get("base_fingerprint")
     bases = {name: target.evidence for name, target in targets.items() if not target.is_merged}
     if expected and (name := mismatch(expected, bases)):
-        raise ValueError(
-            f"avoid: {name}: the base weights are not those expected; the selection to avoid was made on another base "
-            "model, so its adapter cannot be added here. Take it out of avoid, or load its base"
-        )
+        raise ValueError(_of_another_base(name))
+
+
+def _of_another_base(name: str) -> str:
+    return (
+        f"avoid: {name}: the base weights are not those expected; the selection to avoid was made on another base "
+        "model, so its adapter cannot be added here. Take it out of avoid, or load its base"
+    )
 
 
 def _layout(selection: BlockSelection, name: str, grid: BlockGrid) -> BlockLayout | None:
@@ -90,10 +94,15 @@ def _layout(selection: BlockSelection, name: str, grid: BlockGrid) -> BlockLayou
 
 
 def check_avoided(selection: BlockSelection, config: SMTConfig) -> None:
-    """Raise `ValueError`, naming the module, when a selection that was made before has blocks of `config.avoid`."""
+    """Raise `ValueError`, naming the module, when a selection that was made before has blocks of `config.avoid`, or
+    when those were chosen on another base or for weights of another shape."""
     for other in avoided_selections(config):
+        bases = (each.provenance.get("base_fingerprint") or {} for each in (selection, other))
+        if (name := difference(*bases)) is not None:
+            raise ValueError(_of_another_base(name))
         for name in selection.blocks:
-            if name in other.blocks and selection.layout(name).meets(other.layout(name)):
+            layout = _layout(other, name, selection.grids[name])
+            if layout is not None and selection.layout(name).meets(layout):
                 raise ValueError(
                     f"avoid: {name}: the selection given has blocks of one to avoid; leave out avoid, or make the "
                     "selection with it"

@@ -146,6 +146,18 @@ class TrainingTaps(GradientTaps):
                 stack.callback(hook.remove)
             yield self
 
+    def _hook(self, name: str) -> Callable:
+        tapped = super()._hook(name)
+
+        def hook(module, args, kwargs, output):
+            # An evaluation is no use: the next backward pass would wait for its gradients, and hold all others till its
+            # end. Reentrant checkpoints record nothing either, but in training.
+            if module.training or torch.is_grad_enabled():
+                return tapped(module, args, kwargs, output)
+            return output
+
+        return hook
+
     def _receive(self, name: str, x: Tensor, grad_output: Tensor) -> None:
         super()._receive(name, x, grad_output)
         if self._closing != (number := _backward_pass()):

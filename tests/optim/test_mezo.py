@@ -266,6 +266,16 @@ def test_updates_below_the_spacing_of_bf16_happen_in_the_mean():
     assert moved == pytest.approx(1e-3, abs=4 * 2**-8 / 64)
 
 
+def test_the_rounding_of_bf16_hangs_on_the_seed_too():
+    def decayed(seed: int) -> Tensor:
+        param = nn.Parameter(torch.linspace(1, 2, 4096).bfloat16())
+        # No difference of losses: the decay alone moves, by less than the spacing.
+        MeZO([param], lr=1e-3, weight_decay=0.5, seed=seed).step(lambda: torch.zeros(()))
+        return param.detach()
+
+    assert torch.equal(decayed(0), decayed(0)) and not torch.equal(decayed(0), decayed(1))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_without_a_finite_loss_is_left_out(value):
     params = parameters()

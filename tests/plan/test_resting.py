@@ -89,6 +89,18 @@ def test_layers_that_stand_for_others_count_as_those_would(tmp_path, monkeypatch
     assert abridged.smt.state == whole.smt.state and abridged.smt.step == whole.smt.step
 
 
+@pytest.mark.parametrize(
+    ("block", "told"),
+    [
+        ("freezing={share: 0.8}", "freezing: a step in which nothing is frozen"),
+        ("regrowth={every: 20}", "regrowth: a step that gathers no scores"),
+    ],
+)
+def test_what_is_not_counted_of_a_schedule_is_told(tmp_path, block, told):
+    run = write_run(tmp_path, TINY)
+    assert any(told in line for line in plan(load_run(run, ["optim=smt_adamw", block])).assumed)
+
+
 def test_a_dry_run_shows_it(tmp_path):
     _, turns = planned(tmp_path, 4, layers=1, moments="move")
     assert "moments that were moved to the CPU are" in " ".join(table(turns).split())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -167,6 +170,110 @@ def test_updates_that_change_nothing_teach_nothing():
 
     train(model, schedule, 6, optimizer, look)
     assert seen[0] == seen[1] == seen[2] == seen[3] and seen[3].isdisjoint(seen[4])
+
+
+def test_an_adapter_that_is_switched_away_and_back_does_not_wake_what_rests():
+    model = adapted(layers=2)
+    blocks = trained_blocks(model)
+    model.add_adapter("other", SMTConfig(block_size=4, density=0.05, score="random"))
+    before = {name: module.weight.detach().clone() for name, module in blocks.items()}
+    optimizer, schedule = optimizer_of(model), Freezing(share=0.5, every=3)
+    schedule.begin(model, optimizer, 3)
+    active = active_in(blocks)
+    for step in (1, 2):
+        model.set_adapter("other")
+        model.set_adapter("default")
+        model(**batch(seed=step)).loss.backward()
+        schedule.before_update(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.after_update(step)
+    assert {name for name, module in blocks.items() if not torch.equal(module.weight, before[name])} == active
+
+
+@pytest.mark.parametrize("moments", ["keep", "drop", "move"])
+def test_a_training_that_was_cut_off_begins_again_with_all_modules(moments):
+    model = adapted(layers=2)
+    blocks, optimizer, seen = trained_blocks(model), optimizer_of(model), []
+    schedule = Freezing(share=0.8, moments=moments)
+    schedule.begin(model, optimizer, 10)
+    train(model, schedule, math.ceil(14 / 3), optimizer, lambda step: seen.append(active_in(blocks)))
+    assert set().union(*seen) == blocks.keys() == active_in(blocks)
+
+
+@pytest.mark.parametrize("moments", ["keep", "drop", "move"])
+def test_going_on_in_the_process_whose_training_went_further_is_as_if_it_had_not(moments):
+    """As a trainer resumes after an error: model and optimizer are restored, then the schedule begins."""
+
+    def trained(schedule, model, optimizer, steps, state=None, each=lambda step: None):
+        schedule.begin(model, optimizer, 12, state)
+        for step in steps:
+            model(**batch(seed=step)).loss.backward()
+            schedule.before_update(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.after_update(step)
+            each(step)
+
+    def made():
+        model = adapted(layers=2)
+        return Freezing(share=0.7, every=2, moments=moments), model, optimizer_of(model, lr=1e-2)
+
+    straight, saved = made(), {}
+    trained(*straight, range(1, 13))
+    schedule, model, optimizer = made()
+
+    def save(step):
+        if step == 5:
+            parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            saved.update({name: copy.deepcopy(part.state_dict()) for name, part in parts.items()})
+
+    trained(schedule, model, optimizer, range(1, 12), each=save)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    trained(schedule, model, optimizer, range(6, 13), saved["schedule"])
+    for part in (straight[0], schedule):
+        part.end()
+    ours, truth = trained_blocks(model), trained_blocks(straight[1])
+    assert all(torch.equal(ours[name].weight, module.weight) for name, module in truth.items())
+    for name, module in truth.items():
+        state, expected = optimizer.state[ours[name].weight], straight[2].state[module.weight]
+        assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
+
+
+@pytest.mark.parametrize("moments", ["keep", "drop", "move"])
+def test_a_schedule_that_has_ended_keeps_neither_model_nor_optimizer(moments):
+    schedule, model = Freezing(share=0.5, moments=moments), adapted(layers=2)
+    optimizer = optimizer_of(model)
+    train(model, schedule, 2, optimizer)
+    gone = weakref.ref(next(iter(trained_blocks(model).values()))), weakref.ref(optimizer)
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
+def test_backward_ends_above_the_lowest_that_trains_also_where_the_gradient_of_the_input_is_asked_for(targets):
+    """As trainers do for checkpointed activations; not where the embedding may train in another interval."""
+    model = adapted(layers=4, target_modules=targets).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    blocks, inputs, seen = trained_blocks(model), [], []
+    lowest = model.get_base_model().model.layers[0]
+    lowest.register_forward_hook(lambda module, args, output: inputs.append(output))
+    train(
+        model,
+        Freezing(share=0.7, rest=None),
+        4,
+        optimizer_of(model),
+        lambda step: seen.append((active_in(blocks), inputs[0].requires_grad, inputs.clear())),
+    )
+    for active, reached, _ in seen:
+        assert reached == ("embed_tokens" in targets[-1] or "model.layers.0.self_attn.q_proj" in active)
+    assert {reached for _, reached, _ in seen} == ({True} if "embed_tokens" in targets else {True, False})
+    model(**batch())
+    # What was asked for holds again.
+    assert inputs[0].requires_grad
 
 
 def test_layers_rest_as_a_whole():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import batch
+from peft import get_peft_model
 from scheduled import adapted, optimizer_of
+from transformers import SwinConfig, SwinForImageClassification
 
 from benchmarks.cost.memory import step_memory
 from benchmarks.cost.training import Training
+from smt_peft import SMTConfig
 from smt_peft.schedules import LayerSampling
 from smt_peft.schedules.trained import by_layer, trained_blocks
 
@@ -110,6 +113,20 @@ def test_an_embedding_that_trains_gets_its_gradient():
     begun(model, 3)
     model(**batch(), use_cache=False).loss.backward()
     assert blocks["model.embed_tokens"].weight.grad.abs().sum() > 0
+
+
+def test_layers_of_a_model_whose_embedding_returns_more_than_a_tensor_take_turns():
+    shape = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2]}
+    base = SwinForImageClassification(SwinConfig(**shape, window_size=2))
+    model = get_peft_model(base, SMTConfig(target_modules="all-linear", block_size=4, density=0.2, score="random"))
+    images = {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 1])}
+    for period in range(2):
+        schedule = begun(model, period)
+        model(**images).loss.backward()
+        reached = {name for name, module in schedule._blocks.items() if module.weight.grad is not None}
+        assert reached == schedule.active(period) < set(schedule._blocks)
+        model.zero_grad()
+        schedule.end()
 
 
 def test_trainable_tokens_get_their_gradient():

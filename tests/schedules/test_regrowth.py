@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +20,7 @@ from scheduled import adapted, train
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from smt_peft import SMTConfig, select_blocks
+from smt_peft import BlockSelection, SMTConfig, select_blocks
 from smt_peft.optim import SMTAdamW
 from smt_peft.schedules import LayerSampling, Regrowth, ScheduleCallback
 from smt_peft.schedules.regrowth import check_movable, least_moved
@@ -222,6 +224,20 @@ class TestScores:
             torch.testing.assert_close(taps.scores[name].sums, wanted, rtol=1e-4, atol=1e-8)
         assert not taps._pairs and not any(m._forward_hooks for m in taps.layers.values())
 
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_after_an_evaluation_a_module_is_let_go_as_soon_as_backward_has_left_it(self, checkpointing):
+        model = adapted(layers=2).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        taps, held = self.watched(model, trained_blocks(model)), []
+        for score in taps.scores.values():
+            score.add = lambda pairs: held.append(len(taps._pairs))
+        with taps.installed():
+            with torch.no_grad():
+                model.eval()(**llama_batch())
+            model.train()(**llama_batch()).loss.backward()
+        assert held == [0] * len(taps.scores)
+
     def test_uses_of_a_shared_module_are_one_gradient(self):
         torch.manual_seed(0)
         shared = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
@@ -369,6 +385,27 @@ def test_the_caps_of_the_config_hold(cap, dropped):
             assert min(touched) <= 6
 
 
+@pytest.mark.parametrize("cap", [{}, {"max_column_share": 0.5}])
+@pytest.mark.parametrize("dropped", ["revert", "keep"])
+def test_blocks_to_avoid_are_never_grown(cap, dropped):
+    """In a larger block size; without `avoid` the same training grows some of them."""
+    base, other = small(block_size=4, density=0.4, score="magnitude")
+    theirs = BlockSelection(
+        {name: module.index for name, module in trained_blocks(other).items()},
+        {name: module.grid for name, module in trained_blocks(other).items()},
+    )
+    met = {}
+    for avoid in (None, theirs):
+        _, model = small(density=0.15, avoid=avoid, **cap)
+        schedule = Regrowth(dropped=dropped, **SETTINGS)
+        run(model, schedule, SMTAdamW(trainable(model), **NUMBERS))
+        schedule.end()
+        assert schedule.replaced > 0
+        blocks = trained_blocks(model)
+        met[avoid is None] = any(blocks[name].layout().meets(theirs.layout(name)) for name in blocks)
+    assert met == {True: True, False: False}
+
+
 @pytest.mark.parametrize("forward", ["swap", "additive"])
 def test_retired_blocks_act_on_every_route(forward):
     """Of a base in bf16: the output of base + live + retired delta, and the gradient of the input."""
@@ -477,6 +514,35 @@ class TestRefused:
             schedule.after_update(2)
 
 
+def test_where_every_watched_batch_overflows_no_block_gives_way():
+    """As under a loss scale that has yet to come down."""
+    _, model = small()
+    blocks = trained_blocks(model)
+    before = {name: module.index.clone() for name, module in blocks.items()}
+    schedule, optimizer = Regrowth(every=2, share=1.0, score_steps=1), SMTAdamW(trainable(model))
+    schedule.begin(model, optimizer, 10)
+    for step in (1, 2):
+        x, y = batch(step)
+        ((model(x) - y).square().mean() * math.inf).backward()
+        model.zero_grad()
+        schedule.after_update(step)
+    assert schedule.replaced == 0 and all(torch.equal(module.index, before[n]) for n, module in blocks.items())
+    run(model, schedule, optimizer)
+    assert schedule.replaced > 0
+
+
+def test_a_schedule_that_has_ended_keeps_neither_model_nor_optimizer():
+    _, model = small()
+    optimizer, schedule = SMTAdamW(trainable(model), **NUMBERS), Regrowth(dropped="keep", **SETTINGS)
+    run(model, schedule, optimizer)
+    schedule.end()
+    gone = weakref.ref(next(iter(trained_blocks(model).values()))), weakref.ref(optimizer)
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+    assert schedule.replaced > 0
+
+
 @pytest.mark.parametrize("kind", BITSANDBYTES[:1])
 def test_blocks_of_a_quantised_base_are_regrown(kind):
     """As on plain layers that hold the dequantised weights: the same blocks, and near values."""
@@ -565,6 +631,32 @@ def test_a_loop_goes_on_from_what_was_saved_in_the_middle(dropped, tmp_path):
         assert torch.equal(module.index, blocks[name].index) and torch.equal(module.weight, blocks[name].weight)
         if dropped == "keep":
             assert torch.equal(module.retired.weight, blocks[name].retired.weight)
+
+
+def test_going_on_from_before_blocks_were_retired_forgets_them():
+    """In the process whose training went further, as a trainer resumes after an error."""
+    settings = {"every": 6, "share": 0.9, "score_steps": 4, "dropped": "keep"}
+    _, straight = small()
+    run(straight, Regrowth(**settings), SMTAdamW(trainable(straight), **NUMBERS))
+    _, model = small()
+    optimizer, schedule = SMTAdamW(trainable(model), **NUMBERS), Regrowth(**settings)
+    saved = {}
+
+    def look(step):
+        if step == 4:
+            parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            saved.update({name: copy.deepcopy(part.state_dict()) for name, part in parts.items()})
+
+    run(model, schedule, optimizer, steps=15, each=look)
+    assert any(module.retired is not None for module in trained_blocks(model).values())
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    run(model, schedule, optimizer, first=5, state=saved["schedule"])
+    ours, truth = trained_blocks(model), trained_blocks(straight)
+    for name, module in truth.items():
+        assert torch.equal(ours[name].index, module.index) and torch.equal(ours[name].weight, module.weight)
+        assert torch.equal(ours[name].retired.index, module.retired.index)
+        assert torch.equal(ours[name].retired.weight, module.retired.weight)
 
 
 @pytest.mark.parametrize("dropped", ["revert", "keep"])

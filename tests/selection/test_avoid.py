@@ -142,6 +142,20 @@ def test_a_selection_made_before_that_meets_one_to_avoid_is_refused():
     get_peft_model(model, SMTConfig(target_modules=TARGETS, selection=mlp_selection(avoid=made), avoid=made))
 
 
+def test_beside_a_selection_made_before_those_of_another_model_are_refused_by_module():
+    made, other = mlp_selection(), mlp()
+    with torch.no_grad():
+        other.up.weight.mul_(1.5)
+    scaled = select_blocks(other, SMTConfig(target_modules=TARGETS, density=0.2, block_size=4, score="magnitude"))
+    larger = BlockSelection({"up": torch.tensor([[99, 99]], dtype=torch.int32)}, {"up": BlockGrid.fit((400, 400), 4)})
+    for avoid, said in (
+        (scaled, "avoid: up: the base weights are not those expected"),
+        (larger, "avoid: up: the selection to avoid is for a 400 x 400 weight"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            get_peft_model(mlp(), SMTConfig(target_modules=TARGETS, selection=made, avoid=avoid))
+
+
 def test_selections_of_another_model_are_refused_by_module():
     other = mlp()
     with torch.no_grad():

@@ -101,8 +101,10 @@ class Regrowth(Schedule):
         self._watch(0 if state is None else state["step"], None if state is None else state["scores"])
 
     def after_update(self, step: int) -> None:
-        if step % self.every == 0 and self._taps is not None:
-            self._reselect(step)
+        if self._taps is not None:
+            self._gather()
+            if step % self.every == 0:
+                self._reselect(step)
         self._watch(step)
 
     def end(self) -> None:
@@ -155,12 +157,27 @@ class Regrowth(Schedule):
             self._unwatch()
             return
         if self._taps is not None:
+            self._leave_to_first()
             return
         scores = {n: GradientScore(n, blocks.weight, blocks.grid, self.score) for n, blocks in self._blocks.items()}
         for name, saved in (sums or {}).items():
             scores[name].sums.copy_(saved)
         self._taps = TrainingTaps(self._layers, scores)
         self._installed.enter_context(self._taps.installed())
+        self._leave_to_first()
+
+    def _gather(self) -> None:
+        """Sum the scores over all processes: after every update, so that a checkpoint holds those of all."""
+        if _several_processes():
+            sums = [score.state() for score in self._taps.scores.values()]
+            for message in [dist.all_reduce(each, async_op=True) for each in sums]:
+                message.wait()
+
+    def _leave_to_first(self) -> None:
+        """What was gathered stays in the first process alone, so that it is summed once."""
+        if _several_processes() and dist.get_rank():
+            for score in self._taps.scores.values():
+                score.state().zero_()
 
     def _unwatch(self) -> None:
         self._installed.close()
@@ -174,7 +191,7 @@ class Regrowth(Schedule):
         return int(len(blocks.index) * self.share * (1 - step / self._total)) if step < self._total else 0
 
     def _reselect(self, step: int) -> None:
-        scores = {name: _over_processes(score).finish(1) for name, score in self._taps.scores.items()}
+        scores = {name: score.finish(1) for name, score in self._taps.scores.items()}
         # Seen and left out is another matter, as a loss scale that is still too high overflows at first.
         if not self._taps.reached:
             raise RuntimeError(
@@ -304,7 +321,5 @@ def _closed(blocks: dict[str, SMTBlocks], config: Any) -> dict[str, np.ndarray]:
     return closed
 
 
-def _over_processes(score: GradientScore) -> GradientScore:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(score.state())
-    return score
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

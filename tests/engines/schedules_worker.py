@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from smt_peft.schedules import Freezing, LayerSampling, Regrowth, Schedule
 from smt_peft.schedules.trained import trained_blocks
 
-STEPS, PROCESSES = 6, 2
+STEPS, PROCESSES = 7, 2
+# After 4 a period has begun, some of the scores of the next reselection are gathered and others are not.
+STOPS = (None, 4)
 
 
 @dataclass
@@ -48,13 +51,38 @@ def micro_batches(step: int) -> list[dict[str, Tensor]]:
     return [{name: tensor[process::PROCESSES] for name, tensor in whole.items()} for process in range(PROCESSES)]
 
 
-def learn(schedule: Schedule, wrap: Callable = lambda model: model) -> Learned:
-    """Train; blocks that rest neither move nor have a gradient when the update comes."""
+def start(make: Callable[[], Schedule], wrap: Callable, saved: dict | None = None) -> tuple:
+    """What trains: the model as it is called and itself, its blocks, optimizer and schedule; or as they were saved."""
     inner = student().train()
     blocks = trained_blocks(inner)
-    optimizer = smt_adamw(trainable(inner))
-    model, losses, trained = wrap(inner), [], []
-    schedule.begin(inner, optimizer, STEPS)
+    if saved:
+        inner.load_state_dict(saved["model"])
+    optimizer, schedule = smt_adamw(trainable(inner)), make()
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+    model = wrap(inner)
+    schedule.begin(inner, optimizer, STEPS, saved and saved["schedule"])
+    return model, inner, blocks, optimizer, schedule
+
+
+def of_first(saved: dict) -> dict:
+    """What every process reads of what the first one has written."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    found = [file.getvalue()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return torch.load(io.BytesIO(found[0]), weights_only=True)
+
+
+def learn(make: Callable[[], Schedule], wrap: Callable = lambda model: model, stop: int | None = None) -> Learned:
+    """Train; blocks that rest neither move nor have a gradient when the update comes.
+
+    Args:
+        stop: the update after which all is saved, and gone on with anew.
+    """
+    model, inner, blocks, optimizer, schedule = start(make, wrap)
+    losses, trained = [], []
     for step in range(1, STEPS + 1):
         before = {name: module.weight.detach().clone() for name, module in blocks.items()}
         micro = micro_batches(step)
@@ -69,7 +97,12 @@ def learn(schedule: Schedule, wrap: Callable = lambda model: model) -> Learned:
         assert trained[-1] == reached == [name for name, module in blocks.items() if module.weight.requires_grad]
         schedule.after_update(step)
         losses.append(mean(sum(loss.double() for loss in mine)))
+        if step == stop:
+            states = {"model": inner, "optimizer": optimizer, "schedule": schedule}
+            saved = of_first({name: each.state_dict() for name, each in states.items()})
+            model, inner, blocks, optimizer, schedule = start(make, wrap, saved)
     schedule.end()
+    assert not isinstance(schedule, Regrowth) or schedule.replaced > 0
     places = torch.cat([module.index for module in blocks.values()])
     deltas = torch.cat([module.weight.detach().flatten() for module in blocks.values()])
     return Learned(losses, trained, places.tolist(), deltas.tolist())
@@ -77,21 +110,25 @@ def learn(schedule: Schedule, wrap: Callable = lambda model: model) -> Learned:
 
 #: By name: the schedule, and what DDP is made with.
 CASES: dict[str, tuple[Callable[[], Schedule], dict[str, bool]]] = {
-    "layers in turn": (partial(LayerSampling, layers=1, every=2, order="ascending"), {"find_unused_parameters": True}),
+    "layers in turn": (partial(LayerSampling, layers=1, every=3, order="ascending"), {"find_unused_parameters": True}),
     "layers in turn, views": (
-        partial(LayerSampling, layers=1, every=2, order="ascending"),
+        partial(LayerSampling, layers=1, every=3, order="ascending"),
         {"find_unused_parameters": True, "gradient_as_bucket_view": True},
     ),
     "freezing": (partial(Freezing, share=0.5, moments="drop"), {"find_unused_parameters": True}),
     # No parameter rests, so that DDP need not look for any.
-    "regrowth": (partial(Regrowth, every=2, share=0.9, score_steps=2), {}),
-    "regrowth, kept": (partial(Regrowth, every=2, share=0.9, score_steps=2, dropped="keep"), {}),
+    "regrowth": (partial(Regrowth, every=3, share=0.9, score_steps=3), {}),
+    "regrowth, kept": (partial(Regrowth, every=3, share=0.9, score_steps=3, dropped="keep"), {}),
 }
 
 
-def under_ddp(name: str, out: Path) -> dict:
+def told_as(name: str, stop: int | None) -> str:
+    return name if stop is None else f"{name}, gone on after {stop}"
+
+
+def under_ddp(name: str, stop: int | None, out: Path) -> dict:
     make, settings = CASES[name]
-    learned = asdict(learn(make(), partial(DistributedDataParallel, **settings)))
+    learned = asdict(learn(make, partial(DistributedDataParallel, **settings), stop))
     found = [None, None]
     dist.all_gather_object(found, learned)
     assert found[0] == found[1]
@@ -101,5 +138,7 @@ def under_ddp(name: str, out: Path) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    run_cases({name: partial(under_ddp, name) for name in CASES}, Path(sys.argv[1]))
+    run_cases(
+        {told_as(name, stop): partial(under_ddp, name, stop) for name in CASES for stop in STOPS}, Path(sys.argv[1])
+    )
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cases import told
 from launch import run_worker
-from schedules_worker import CASES, Learned, learn
+from schedules_worker import CASES, STOPS, Learned, learn, told_as
 
 
 @pytest.fixture(scope="module")
@@ -17,15 +17,9 @@ def out(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_learn_what_one_learns_bit_for_bit(out, case):
+def test_two_processes_learn_what_one_learns_bit_for_bit(out, case, stop):
+    """Also where they go on from what the first of them has saved."""
     make, _ = CASES[case]
-    assert Learned(**told(out, case)) == learn(make())
-
-
-@pytest.mark.parametrize("case", ["regrowth", "regrowth, kept"])
-def test_blocks_gave_way(case):
-    make, _ = CASES[case]
-    schedule = make()
-    learn(schedule)
-    assert schedule.replaced > 0
+    assert Learned(**told(out, told_as(case, stop))) == learn(make)

@@ -128,6 +128,8 @@ class BlockSelection:
             chosen = pick(mine, theirs)
             if len(chosen):
                 combined[name] = grid.unflatten(chosen)
+        if not combined:
+            raise ValueError("no block is left, and a selection without one trains nothing; combine other selections")
         return BlockSelection(combined, grids, provenance=_of_both(self.provenance, other.provenance))
 
     def num_common(self, other: BlockSelection) -> int:

@@ -1,4 +1,4 @@
-# make demo | test | quantised | engines | integrations | killed | peft-suite | style | check | bench | cost | quality | tables | docs | clean: each sets up what it needs first.
+# make demo | test | examples | compilers | quantised | engines | integrations | killed | peft-suite | style | check | bench | cost | quality | tables | docs | clean: each sets up what it needs first.
 # make gpu: on a GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in a place of its own.
 PYTHON ?= python3
 VENV := $(if $(PEFT),build/peft-$(PEFT),.venv)
@@ -25,7 +25,11 @@ DSPY := build/dspy
 AXOLOTL := build/axolotl
 MS_SWIFT := build/ms_swift
 
-.PHONY: setup demo test quantised engines integrations killed peft-suite style check bench cost quality tables docs gpu clean
+# Apart from `make test`, as they take minutes: what users are shown, and what needs compilers.
+EXAMPLES := tests/docs tests/test_quickstart.py
+COMPILERS := tests/ops/test_sanitizer.py tests/ops/test_cuda_sources.py tests/ops/test_triton_compile.py
+
+.PHONY: setup demo test examples compilers quantised engines integrations killed peft-suite style check bench cost quality tables docs gpu clean
 
 setup: $(KERNELS)
 
@@ -46,7 +50,16 @@ demo: $(KERNELS)
 	$(BIN)/smt train configs/quickstart.yaml
 
 test: $(KERNELS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --ignore=tests/engines
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+		$(addprefix --ignore=,tests/engines $(EXAMPLES) $(COMPILERS))
+
+# The quickstart, and every block of README and docs.
+examples: $(KERNELS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(EXAMPLES)
+
+# The C++ under AddressSanitizer, the CUDA sources by nvcc, the Triton kernels for GPUs that need not be here.
+compilers: $(KERNELS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(COMPILERS)
 
 # What `make test` skips: bitsandbytes, torchao and HQQ on the CPU.
 quantised: $(KERNELS) $(QUANTISED)

@@ -19,12 +19,18 @@ settings.load_profile("ci")
 
 
 # Few tests, and long ones: begun first, so that no process is left alone with them at the end.
-LONG = ("test_quickstart.py", "test_blocks_run.py", "test_cuda_sources.py", "test_triton_compile.py")
+LONG = (
+    "test_quickstart.py",
+    "test_blocks_run.py",
+    "test_cuda_sources.py",
+    "test_triton_compile.py",
+    "test_sanitizer.py",
+)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Long files first, then those with many tests; `make test` hands files out in this order."""
+    """Long files first, then those with many tests; pytest-xdist hands files out in this order."""
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name not in LONG, -counts[item.path]))
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
-import weakref
 
 import pytest
 import torch
 from helpers import batch
 from mixtures import EXPERTS, tiny_qwen3_moe
 from peft import get_peft_model
-from scheduled import adapted, train
+from scheduled import adapted, optimizer_of, train
 from torch import nn
 from transformers import (
     BertConfig,
@@ -29,10 +27,6 @@ from smt_peft.schedules import Freezing, LayerSampling, ScheduleCallback
 from smt_peft.schedules.trained import trained_blocks
 from smt_peft.tuner.effective import covered_weights
 from smt_peft.tuner.layer import SMTLayer
-
-
-def optimizer_of(model, kind=torch.optim.AdamW, **settings):
-    return kind([p for p in model.parameters() if p.requires_grad], **{"lr": 1e-3} | settings)
 
 
 def active_in(blocks):
@@ -172,25 +166,6 @@ def test_updates_that_change_nothing_teach_nothing():
     assert seen[0] == seen[1] == seen[2] == seen[3] and seen[3].isdisjoint(seen[4])
 
 
-def test_an_adapter_that_is_switched_away_and_back_does_not_wake_what_rests():
-    model = adapted(layers=2)
-    blocks = trained_blocks(model)
-    model.add_adapter("other", SMTConfig(block_size=4, density=0.05, score="random"))
-    before = {name: module.weight.detach().clone() for name, module in blocks.items()}
-    optimizer, schedule = optimizer_of(model), Freezing(share=0.5, every=3)
-    schedule.begin(model, optimizer, 3)
-    active = active_in(blocks)
-    for step in (1, 2):
-        model.set_adapter("other")
-        model.set_adapter("default")
-        model(**batch(seed=step)).loss.backward()
-        schedule.before_update(step)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.after_update(step)
-    assert {name for name, module in blocks.items() if not torch.equal(module.weight, before[name])} == active
-
-
 @pytest.mark.parametrize("moments", ["keep", "drop", "move"])
 def test_a_training_that_was_cut_off_begins_again_with_all_modules(moments):
     model = adapted(layers=2)
@@ -239,17 +214,6 @@ def test_going_on_in_the_process_whose_training_went_further_is_as_if_it_had_not
     for name, module in truth.items():
         state, expected = optimizer.state[ours[name].weight], straight[2].state[module.weight]
         assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
-
-
-@pytest.mark.parametrize("moments", ["keep", "drop", "move"])
-def test_a_schedule_that_has_ended_keeps_neither_model_nor_optimizer(moments):
-    schedule, model = Freezing(share=0.5, moments=moments), adapted(layers=2)
-    optimizer = optimizer_of(model)
-    train(model, schedule, 2, optimizer)
-    gone = weakref.ref(next(iter(trained_blocks(model).values()))), weakref.ref(optimizer)
-    del model, optimizer
-    gc.collect()
-    assert [reference() for reference in gone] == [None, None]
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from itertools import chain
 
 import pytest
@@ -195,18 +194,6 @@ def test_at_the_end_what_was_moved_away_stays_away():
     names = by_layer(trained_blocks(model))["model.layers.0"]
     assert {id(parameter) for parameter in optimizer.state} == {id(trained_blocks(model)[n].weight) for n in names}
     assert not schedule.state_dict()["moments"]
-
-
-def test_a_schedule_that_has_ended_keeps_neither_model_nor_optimizer():
-    schedule = LayerSampling(layers=1, every=1, moments="move")
-    model = adapted()
-    optimizer = optimizer_of(model)
-    train(model, schedule, 2, optimizer)
-    gone = weakref.ref(next(iter(trained_blocks(model).values()))), weakref.ref(optimizer)
-    del model, optimizer
-    gc.collect()
-    assert [reference() for reference in gone] == [None, None]
-    assert schedule.state_dict() == {"period": 2, "moments": {}}
 
 
 def test_an_optimizer_that_lacks_blocks_is_refused_by_name():

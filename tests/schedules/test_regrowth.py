@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import subprocess
 import sys
-import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import Mlp, assert_no_worse_than_torch, tiny_llama
 from helpers import batch as llama_batch
-from packing import BITSANDBYTES, packed_linear, plain_linear
 from peft import get_peft_model
 from scheduled import adapted, train
 from torch import nn
@@ -529,47 +526,6 @@ def test_where_every_watched_batch_overflows_no_block_gives_way():
     assert schedule.replaced == 0 and all(torch.equal(module.index, before[n]) for n, module in blocks.items())
     run(model, schedule, optimizer)
     assert schedule.replaced > 0
-
-
-def test_a_schedule_that_has_ended_keeps_neither_model_nor_optimizer():
-    _, model = small()
-    optimizer, schedule = SMTAdamW(trainable(model), **NUMBERS), Regrowth(dropped="keep", **SETTINGS)
-    run(model, schedule, optimizer)
-    schedule.end()
-    gone = weakref.ref(next(iter(trained_blocks(model).values()))), weakref.ref(optimizer)
-    del model, optimizer
-    gc.collect()
-    assert [reference() for reference in gone] == [None, None]
-    assert schedule.replaced > 0
-
-
-@pytest.mark.parametrize("kind", BITSANDBYTES[:1])
-def test_blocks_of_a_quantised_base_are_regrown(kind):
-    """As on plain layers that hold the dequantised weights: the same blocks, and near values."""
-    torch.manual_seed(0)
-    float_net = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64)).requires_grad_(False)
-    packed = nn.Sequential(packed_linear(float_net[0], kind), nn.Tanh(), packed_linear(float_net[2], kind))
-    plain = nn.Sequential(plain_linear(packed[0]), nn.Tanh(), plain_linear(packed[2]))
-    config = {"target_modules": ["0", "2"], "block_size": 8, "density": 0.2, "score": "random"}
-    deltas, places = [], []
-    for base in (packed, plain):
-        model = get_peft_model(base, SMTConfig(**config)).train()
-        schedule, optimizer = Regrowth(dropped="keep", **SETTINGS), SMTAdamW(trainable(model), lr=1e-2)
-        schedule.begin(model, optimizer, STEPS)
-        for step in range(1, STEPS + 1):
-            x = torch.randn(16, 32, generator=torch.Generator().manual_seed(step))
-            (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.after_update(step)
-        schedule.end()
-        blocks = trained_blocks(model)
-        places.append({name: module.index for name, module in blocks.items()})
-        deltas.append({name: module.weight.detach() for name, module in blocks.items()})
-        assert schedule.replaced > 4
-    assert all(torch.equal(places[0][name], places[1][name]) for name in places[0])
-    for name, delta in deltas[0].items():
-        torch.testing.assert_close(delta, deltas[1][name], rtol=1e-3, atol=1e-4)
 
 
 RELOADED = """

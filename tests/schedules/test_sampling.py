@@ -192,28 +192,6 @@ def test_the_norm_that_clipping_sees_is_that_of_the_layers_that_train():
         assert norm == pytest.approx(before, rel=1e-5) and clipped <= before
 
 
-def test_an_adapter_that_is_switched_away_and_back_does_not_wake_resting_layers():
-    model = adapted()
-    blocks = trained_blocks(model)
-    model.add_adapter("other", SMTConfig(block_size=4, density=0.05, score="random"))
-    schedule = LayerSampling(layers=1, every=3)
-    others = {name: p.detach().clone() for name, p in model.named_parameters() if "smt_blocks.other" in name}
-    before = {name: module.weight.detach().clone() for name, module in blocks.items()}
-    optimizer = optimizer_of(model)
-    schedule.begin(model, optimizer, 3)
-    active = schedule.active(0)
-    for step in (1, 2):
-        model.set_adapter("other")
-        model.set_adapter("default")
-        model(**batch(seed=step)).loss.backward()
-        schedule.before_update(step)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.after_update(step)
-    assert {name for name, module in blocks.items() if not torch.equal(module.weight, before[name])} == active
-    assert all(torch.equal(p, others[name]) for name, p in model.named_parameters() if name in others)
-
-
 def test_two_adapters_that_train_at_once_are_refused_by_name():
     model = adapted()
     model.add_adapter("other", SMTConfig(block_size=4, density=0.05, score="random"))

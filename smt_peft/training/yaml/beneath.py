@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ...presets import preset
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    from .source import Source
+from .aliases import ALIASES
+from .source import Source
 
 PRESET = "preset"
 # Of each pair one alone may be set, so what is given takes the other out of a preset.
@@ -31,9 +30,6 @@ def settings_beneath(given: DictConfig, source: Source) -> dict[str, Any]:
         beneath = preset(name)
     except ValueError as error:
         raise ConfigError(f"{source.place(PRESET)}: {error}") from error
-    # Not at the top: aliases speak of errors, which stand in a source.
-    from .aliases import ALIASES
-
     _drop(beneath, [ALIASES[key].key for key in given if key in ALIASES])
     _drop(beneath, [other for key, other in _EITHER if OmegaConf.select(given, key) is not None])
     source.preset, source.in_preset = name, set(_paths(beneath))

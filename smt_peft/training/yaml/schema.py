@@ -46,7 +46,8 @@ from .keys import (
     known_keys,
     tasks_with,
 )
-from .source import Errors, Source, read_yaml
+from .read import read_yaml
+from .source import Errors, Source
 from .values import faults
 
 

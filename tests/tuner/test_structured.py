@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -264,5 +265,8 @@ def test_channels_and_blocks_are_added_up_exactly():
 def test_a_selection_outside_the_channels_is_refused():
     base = tiny_llama()
     other = select_blocks(base, SMTConfig(score="random", density=0.1), progress=False)
-    with pytest.raises(ValueError, match="which is no target of the model"):
+    with pytest.raises(ValueError, match="coupled='both' has no effect beside a selection"):
         get_peft_model(base, SMTConfig(coupled="both", selection=other))
+    by_hand = replace(other, provenance={})
+    with pytest.raises(ValueError, match="which is no target of the model"):
+        get_peft_model(base, SMTConfig(coupled="both", selection=by_hand))

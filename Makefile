@@ -1,4 +1,4 @@
-# make demo | test | examples | compilers | quantised | engines | integrations | killed | peft-suite | style | check | bench | cost | quality | tables | docs | clean: each sets up what it needs first.
+# make demo | test | runs | examples | compilers | quantised | engines | integrations | killed | peft-suite | style | check | bench | cost | quality | tables | docs | clean: each sets up what it needs first.
 # make gpu: on a GPU machine. make peft-suite PEFT=0.21.0, make test PEFT=0.21.0: with that PEFT, in a place of its own.
 PYTHON ?= python3
 VENV := $(if $(PEFT),build/peft-$(PEFT),.venv)
@@ -25,11 +25,12 @@ DSPY := build/dspy
 AXOLOTL := build/axolotl
 MS_SWIFT := build/ms_swift
 
-# Apart from `make test`, as they take minutes: what users are shown, and what needs compilers.
+# Apart from `make test`, as they take minutes: whole runs, what users are shown, and what needs compilers.
+RUNS := tests/training
 EXAMPLES := tests/docs tests/test_quickstart.py
 COMPILERS := tests/ops/test_sanitizer.py tests/ops/test_cuda_sources.py tests/ops/test_triton_compile.py
 
-.PHONY: setup demo test examples compilers quantised engines integrations killed peft-suite style check bench cost quality tables docs gpu clean
+.PHONY: setup demo test runs examples compilers quantised engines integrations killed peft-suite style check bench cost quality tables docs gpu clean
 
 setup: $(KERNELS)
 
@@ -51,7 +52,11 @@ demo: $(KERNELS)
 
 test: $(KERNELS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
-		$(addprefix --ignore=,tests/engines $(EXAMPLES) $(COMPILERS))
+		$(addprefix --ignore=,tests/engines $(RUNS) $(EXAMPLES) $(COMPILERS))
+
+# `smt train` and the other commands from YAML: each run is a process, or several that are stopped and go on.
+runs: $(KERNELS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(RUNS)
 
 # The quickstart, and every block of README and docs.
 examples: $(KERNELS)

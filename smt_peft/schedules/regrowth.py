@@ -19,6 +19,7 @@ from ..selection.taps import TrainingTaps
 from ..tuner.delta import SMTBlocks
 from ..tuner.layer import SMTLayer
 from ..tuner.linear import Linear
+from .moments import check_held
 from .schedule import Schedule, check_share, check_whole
 from .trained import trained_blocks
 
@@ -284,10 +285,7 @@ def _checked(optimizer: torch.optim.Optimizer, blocks: dict[str, SMTBlocks]) -> 
             f"regrowth gives new blocks a count of steps of their own, which {type(optimizer).__name__} cannot; use "
             "SMTAdamW (optim: smt_adamw)"
         )
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, module in blocks.items():
-        if id(module.weight) not in held:
-            raise ValueError(f"{name}: the optimizer does not train its blocks; make it of the model's parameters")
+    check_held(optimizer, {name: module.weight for name, module in blocks.items()})
     return optimizer
 
 

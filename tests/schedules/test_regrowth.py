@@ -456,7 +456,7 @@ class TestRefused:
 
     def test_an_optimizer_of_something_else(self):
         _, model = small()
-        with pytest.raises(ValueError, match="up: the optimizer does not train its blocks"):
+        with pytest.raises(ValueError, match="does not hold the blocks of up"):
             Regrowth().begin(model, SMTAdamW([nn.Parameter(torch.zeros(2))]), 10)
 
     def test_layers_that_are_not_linear(self):

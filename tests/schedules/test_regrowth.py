@@ -1,11 +1,9 @@
-"""Drop and regrow, against a training in plain PyTorch in which every block has an AdamW of its own."""
+"""Drop and regrow: which blocks give way to which, with what deltas and moments, and what is refused."""
 
 from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,54 +11,17 @@ import torch
 from helpers import Mlp, assert_no_worse_than_torch, tiny_llama
 from helpers import batch as llama_batch
 from peft import get_peft_model
-from scheduled import adapted, train
+from regrown import NUMBERS, SETTINGS, STEPS, batch, run, small, trainable
+from scheduled import adapted
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from smt_peft import BlockSelection, SMTConfig, select_blocks
 from smt_peft.optim import SMTAdamW
 from smt_peft.schedules import LayerSampling, Regrowth, ScheduleCallback
 from smt_peft.schedules.regrowth import check_movable, least_moved
 from smt_peft.schedules.trained import trained_blocks
-from smt_peft.selection.scores import GradientScore, block_means
-from smt_peft.selection.taps import TrainingTaps
 from smt_peft.tuner.held import held_selection
 from smt_peft.tuner.layer import SMTLayer
-
-STEPS = 24
-SETTINGS = {"every": 6, "share": 0.5, "score_steps": 3}
-NUMBERS = {"lr": 3e-2, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
-
-
-def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    x, y = (torch.randn(16, size, generator=generator) for size in (20, 12))
-    return x.to(dtype), y.to(dtype)
-
-
-def trainable(model) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def small(**settings):
-    """Two matrices of ragged grids, and the blocks of a few."""
-    torch.manual_seed(0)
-    base = Mlp()
-    before = copy.deepcopy(base)
-    config = {"target_modules": ["up", "down"], "block_size": 3, "density": 0.3, "score": "random", "spread": "free"}
-    return before, get_peft_model(base, SMTConfig(**config | settings))
-
-
-def run(model, schedule, optimizer, steps: int = STEPS, each=lambda step: None, first: int = 1, state=None) -> None:
-    schedule.begin(model, optimizer, STEPS, state)
-    for step in range(first, steps + 1):
-        x, y = batch(step)
-        (model(x) - y).square().mean().backward()
-        schedule.before_update(step)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.after_update(step)
-        each(step)
 
 
 class Plain:
@@ -172,115 +133,6 @@ def test_it_is_the_training_of_masks_in_plain_pytorch(dropped):
         ours = model.base_model.model.get_submodule(name).get_delta_weight("default")
         assert_no_worse_than_torch(ours, theirs.dense(name).detach(), truth.dense(name).detach())
         assert len(module.index) == counts[name] + len(truth.retired[name])
-
-
-class TestScores:
-    """What the taps see while somebody else trains, against dense gradients of a model whose weights require them."""
-
-    @staticmethod
-    def watched(model, blocks):
-        layers = {m.smt_name: m for m in model.modules() if isinstance(m, SMTLayer)}
-        return TrainingTaps(
-            {name: layers[name] for name in blocks},
-            {name: GradientScore(name, b.weight, b.grid, "grad_abs") for name, b in blocks.items()},
-        )
-
-    @staticmethod
-    def dense(base, batches):
-        """Mean |gradient| of the blocks' grids, summed over batches."""
-        base.requires_grad_(True)
-        sums = {}
-        for inputs in batches:
-            base.zero_grad()
-            base(**inputs).loss.backward()
-            for name, parameter in base.named_parameters():
-                sums[name] = sums.get(name, 0) + parameter.grad.abs()
-        return sums
-
-    @pytest.mark.parametrize("reentrant", [None, False, True])
-    def test_they_are_the_dense_gradients_of_every_micro_batch(self, reentrant):
-        torch.manual_seed(0)
-        model = tiny_llama().train()
-        base = copy.deepcopy(model)
-        batches = [llama_batch(seed=seed) for seed in range(3)]
-        model = get_peft_model(model, SMTConfig(block_size=8, density=0.1, score="random"))
-        if reentrant is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        blocks = trained_blocks(model)
-        taps = self.watched(model, blocks)
-        with taps.installed():
-            for inputs in batches:
-                # Also passes that nobody learns from.
-                with torch.no_grad():
-                    model(**inputs)
-                model(**inputs).loss.backward()
-        truth = self.dense(base, batches)
-        for name, module in blocks.items():
-            wanted = block_means(truth[f"{name}.weight"], module.grid)
-            torch.testing.assert_close(taps.scores[name].sums, wanted, rtol=1e-4, atol=1e-8)
-        assert not taps._pairs and not any(m._forward_hooks for m in taps.layers.values())
-
-    @pytest.mark.parametrize("checkpointing", [False, True])
-    def test_after_an_evaluation_a_module_is_let_go_as_soon_as_backward_has_left_it(self, checkpointing):
-        model = adapted(layers=2).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        taps, held = self.watched(model, trained_blocks(model)), []
-        for score in taps.scores.values():
-            score.add = lambda pairs: held.append(len(taps._pairs))
-        with taps.installed():
-            with torch.no_grad():
-                model.eval()(**llama_batch())
-            model.train()(**llama_batch()).loss.backward()
-        assert held == [0] * len(taps.scores)
-
-    def test_uses_of_a_shared_module_are_one_gradient(self):
-        torch.manual_seed(0)
-        shared = nn.Sequential(nn.Linear(12, 12), nn.Tanh())
-        model = nn.ModuleDict({"shared": shared})
-        model.forward = lambda x: shared(shared(x))
-        reference = copy.deepcopy(shared)
-        adapted_model = get_peft_model(
-            model, SMTConfig(target_modules=["0"], block_size=4, density=0.3, score="random")
-        )
-        blocks = trained_blocks(adapted_model)
-        [name] = blocks
-        taps = self.watched(adapted_model, blocks)
-        x = torch.randn(5, 12)
-        inner = adapted_model.base_model.model["shared"]
-        with taps.installed():
-            inner(inner(x)).square().sum().backward()
-        reference(reference(x)).square().sum().backward()
-        wanted = block_means(reference[0].weight.grad.abs(), blocks[name].grid)
-        torch.testing.assert_close(taps.scores[name].sums, wanted)
-
-    def test_a_batch_that_overflows_is_left_out(self):
-        _, model = small()
-        blocks = trained_blocks(model)
-        taps = self.watched(model, blocks)
-        x, y = batch(1)
-        with taps.installed():
-            (model(x) - y).square().mean().backward()
-            before = {name: score.sums.clone() for name, score in taps.scores.items()}
-            ((model(x) - y).square().mean() * math.inf).backward()
-        assert all(torch.equal(score.sums, before[name]) for name, score in taps.scores.items())
-        assert all(sums.any() for sums in before.values())
-
-    def test_under_autocast_they_are_near(self):
-        torch.manual_seed(0)
-        model = tiny_llama().train()
-        base = copy.deepcopy(model)
-        model = get_peft_model(model, SMTConfig(block_size=8, density=0.1, score="random"))
-        blocks = trained_blocks(model)
-        taps = self.watched(model, blocks)
-        with taps.installed(), torch.autocast("cpu", torch.bfloat16):
-            loss = model(**llama_batch()).loss
-        loss.backward()
-        truth = self.dense(base, [llama_batch()])
-        for name, module in blocks.items():
-            wanted = block_means(truth[f"{name}.weight"], module.grid)
-            assert (taps.scores[name].sums - wanted).norm() < 0.1 * wanted.norm()
 
 
 def test_layers_are_watched_in_the_score_steps_alone():
@@ -526,124 +378,3 @@ def test_where_every_watched_batch_overflows_no_block_gives_way():
     assert schedule.replaced == 0 and all(torch.equal(module.index, before[n]) for n, module in blocks.items())
     run(model, schedule, optimizer)
     assert schedule.replaced > 0
-
-
-RELOADED = """
-import sys
-import torch
-import smt_peft
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/base")
-model = PeftModel.from_pretrained(base, sys.argv[1] + "/adapter").eval()
-expected = torch.load(sys.argv[1] + "/logits.pt")
-inputs = torch.load(sys.argv[1] + "/inputs.pt")
-assert torch.equal(model(**inputs).logits, expected)
-merged = model.merge_and_unload()
-torch.testing.assert_close(merged(**inputs).logits, expected)
-print("same")
-"""
-
-
-@pytest.mark.parametrize("dropped", ["revert", "keep"])
-def test_what_came_out_is_an_adapter_that_a_fresh_process_reads(dropped, tmp_path):
-    torch.manual_seed(0)
-    tiny_llama().save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = get_peft_model(base, SMTConfig(block_size=8, density=0.1, score="random")).train()
-    before = {name: len(module.index) for name, module in trained_blocks(model).items()}
-    train(model, Regrowth(every=3, share=0.9, score_steps=2, dropped=dropped), 12, SMTAdamW(trainable(model), lr=1e-2))
-    after = {name: len(module.index) for name, module in trained_blocks(model).items()}
-    assert after == before if dropped == "revert" else sum(after.values()) > sum(before.values())
-    model.eval().save_pretrained(tmp_path / "adapter")
-    inputs = llama_batch(seed=99)
-    torch.save(inputs, tmp_path / "inputs.pt")
-    torch.save(model(**inputs).logits.detach(), tmp_path / "logits.pt")
-    done = subprocess.run([sys.executable, "-c", RELOADED, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "same", done.stderr
-
-
-@pytest.mark.parametrize("dropped", ["revert", "keep"])
-def test_a_loop_goes_on_from_what_was_saved_in_the_middle(dropped, tmp_path):
-    """Between two reselections, scores half gathered, blocks retired."""
-    settings = {"every": 6, "share": 0.9, "score_steps": 4, "dropped": dropped}
-    _, straight = small()
-    run(straight, Regrowth(**settings), SMTAdamW(trainable(straight), **NUMBERS))
-    _, first = small()
-    optimizer, schedule = SMTAdamW(trainable(first), **NUMBERS), Regrowth(**settings)
-    run(first, schedule, optimizer, steps=10)
-    saved = {"model": first.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    torch.save(saved, tmp_path / "saved.pt")
-    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
-    _, again = small()
-    again.load_state_dict(saved["model"])
-    optimizer = SMTAdamW(trainable(again), **NUMBERS)
-    optimizer.load_state_dict(saved["optimizer"])
-    schedule = Regrowth(**settings)
-    run(again, schedule, optimizer, first=11, state=saved["schedule"])
-    blocks = trained_blocks(straight)
-    assert any(module.retired is not None for module in blocks.values()) == (dropped == "keep")
-    for name, module in trained_blocks(again).items():
-        assert torch.equal(module.index, blocks[name].index) and torch.equal(module.weight, blocks[name].weight)
-        if dropped == "keep":
-            assert torch.equal(module.retired.weight, blocks[name].retired.weight)
-
-
-def test_going_on_from_before_blocks_were_retired_forgets_them():
-    """In the process whose training went further, as a trainer resumes after an error."""
-    settings = {"every": 6, "share": 0.9, "score_steps": 4, "dropped": "keep"}
-    _, straight = small()
-    run(straight, Regrowth(**settings), SMTAdamW(trainable(straight), **NUMBERS))
-    _, model = small()
-    optimizer, schedule = SMTAdamW(trainable(model), **NUMBERS), Regrowth(**settings)
-    saved = {}
-
-    def look(step):
-        if step == 4:
-            parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-            saved.update({name: copy.deepcopy(part.state_dict()) for name, part in parts.items()})
-
-    run(model, schedule, optimizer, steps=15, each=look)
-    assert any(module.retired is not None for module in trained_blocks(model).values())
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    run(model, schedule, optimizer, first=5, state=saved["schedule"])
-    ours, truth = trained_blocks(model), trained_blocks(straight)
-    for name, module in truth.items():
-        assert torch.equal(ours[name].index, module.index) and torch.equal(ours[name].weight, module.weight)
-        assert torch.equal(ours[name].retired.index, module.retired.index)
-        assert torch.equal(ours[name].retired.weight, module.retired.weight)
-
-
-@pytest.mark.parametrize("dropped", ["revert", "keep"])
-def test_a_plain_trainer_resumes_as_if_it_had_not_stopped(dropped, tmp_path):
-    def trained(resume=None):
-        torch.manual_seed(0)
-        model = adapted(layers=1)
-        rows = [{"input_ids": torch.arange(6) + i, "labels": torch.arange(6) + i} for i in range(16)]
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=10,
-            save_steps=5,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            use_cpu=True,
-            disable_tqdm=True,
-            report_to=[],
-        )
-        schedule = Regrowth(every=3, share=0.9, score_steps=2, dropped=dropped)
-        trainer = Trainer(
-            model,
-            arguments,
-            train_dataset=rows,
-            callbacks=[ScheduleCallback(schedule)],
-            optimizer_cls_and_kwargs=(SMTAdamW, {"lr": 1e-2}),
-        )
-        trainer.train(resume_from_checkpoint=resume)
-        assert schedule.replaced > 0
-        return {name: (module.index, module.weight.detach()) for name, module in trained_blocks(model).items()}
-
-    straight = trained()
-    resumed = trained(resume=str(tmp_path / "checkpoint-5"))
-    for name, (index, weight) in straight.items():
-        assert torch.equal(resumed[name][0], index) and torch.equal(resumed[name][1], weight)

@@ -28,7 +28,7 @@ MS_SWIFT := build/ms_swift
 # Apart from `make test`, as they take minutes: whole runs, what users are shown, and what needs compilers.
 RUNS := tests/training
 EXAMPLES := tests/docs tests/test_quickstart.py
-COMPILERS := tests/ops/test_sanitizer.py tests/ops/test_cuda_sources.py tests/ops/test_triton_compile.py
+COMPILERS := tests/ops/test_sanitizer.py tests/ops/test_cuda_objects.py tests/ops/test_triton_compile.py
 
 .PHONY: setup demo test runs examples compilers quantised engines integrations killed peft-suite style check bench cost quality tables docs gpu clean
 

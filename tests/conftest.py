@@ -22,7 +22,7 @@ settings.load_profile("ci")
 LONG = (
     "test_quickstart.py",
     "test_blocks_run.py",
-    "test_cuda_sources.py",
+    "test_cuda_objects.py",
     "test_triton_compile.py",
     "test_sanitizer.py",
 )

@@ -1,23 +1,14 @@
-"""The CUDA sources without a GPU.
-
-What one thread of a kernel does is compiled for the CPU and run for every thread of the grid, against plain PyTorch;
-then all sources are compiled for GPUs, and registers, spills and the width of loads are read back from machine code.
-"""
+"""The CUDA sources without a GPU: what one thread does is compiled for the CPU, and run for every thread of the grid,
+against plain PyTorch."""
 
 from __future__ import annotations
 
 import ctypes
-import os
-import re
 import shutil
-import subprocess
-import sys
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from compiling import CUDA_HOME, SOURCES, call
 from helpers import assert_no_worse_than_torch, layouts, random_layout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,27 +16,10 @@ from hypothesis import strategies as st
 from smt_peft.blocks import BlockGrid, BlockLayout
 from smt_peft.ops import adamw, native, reference
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-NVCC = shutil.which("nvcc") or str(CUDA_HOME / "bin" / "nvcc")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}
 FLOATS = list(DTYPES)[:4]
 # Elements around every buffer that no kernel may touch.
 GUARD = 64
-ARCHITECTURES = ("80", "90a")
-# Of 65,536 in an SM: 16 warps, a quarter of what it can hold, are the least that hide the latency of memory.
-MAX_REGISTERS = 128
-OPS = ("block_gather", "block_scatter_", "swap_linear", "swap_matmul", "block_adamw_")
-# Compiling takes 45 s of CPU time, and minutes where others compile too (2026-11).
-pytestmark = pytest.mark.timeout(900)
-STUB = """
-int aoti_torch_get_current_cuda_stream(int device, void** stream) { *stream = 0; return 0; }
-int torch_c10_cuda_check_msg(int e, const char* f, const char* n, unsigned l, _Bool b, char** m) { *m = 0; return 0; }
-void torch_c10_cuda_free_error_msg(char* message) {}
-"""
-
-
-# --- the work of every thread, on the CPU ---
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +39,8 @@ def emulation(tmp_path_factory):
         "-Wall",
         "-Werror",
     ]
-    _call([compiler, *flags, f"-I{CUDA_HOME / 'include'}", str(SOURCES / "emulation.cpp"), "-o", str(library)])
+    call([compiler, *flags, f"-I{CUDA_HOME / 'include'}", str(SOURCES / "emulation.cpp"), "-o", str(library)])
     return ctypes.CDLL(str(library))
-
-
-def _call(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
-    return done.stdout + done.stderr
 
 
 class Guarded:
@@ -402,108 +370,3 @@ def test_one_launch_holds_the_tensors_of_a_model(emulation):
     for i in range(0, capacity, 29):
         _adamw(emulation, [[group[i]] for group in alone], ordinals=[ordinals[i]])
         assert all(torch.equal(group[i], other[i]) for group, other in zip(state, alone, strict=True))
-
-
-# --- machine code ---
-
-
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """Every source compiled for every architecture: {name: (object file, what ptxas said)}."""
-    if not Path(NVCC).is_file():
-        pytest.skip(f"needs nvcc (looked on the path and at {NVCC})")
-    include = Path(torch.__file__).parent / "include"
-    command = [NVCC, "-c", "-std=c++17", "-Xcompiler", "-fPIC", "-Xptxas", "-v", f"-I{include}", "-DUSE_CUDA"]
-    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-Werror", "all-warnings"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-
-    folder = tmp_path_factory.mktemp("objects")
-
-    def compile_one(source: Path) -> tuple[str, tuple[Path, str]]:
-        target = folder / f"{source.stem}.o"
-        return source.stem, (target, _call([*command, str(source), "-o", str(target)]))
-
-    with ThreadPoolExecutor(2) as pool:
-        # The longest first.
-        sources = sorted(SOURCES.glob("*.cu"), key=lambda source: "__global__" not in source.read_text())
-        return dict(pool.map(compile_one, sources))
-
-
-def test_registers_and_spills(objects):
-    pattern = re.compile(
-        r"entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers",
-        re.DOTALL,
-    )
-    found = [match for _, log in objects.values() for match in pattern.findall(log)]
-    # Gathers of 4 dtypes, scatters and swaps of 4 x 4, each wide and narrow; AdamW of 2 x 3 x 3.
-    assert Counter(arch for _, arch, *_ in found) == dict.fromkeys(ARCHITECTURES, 2 * (4 + 16 + 16) + 18)
-    for name, arch, stack, stores, loads, registers in found:
-        assert (int(stack), int(stores), int(loads)) == (0, 0, 0), (name, arch)
-        assert int(registers) <= MAX_REGISTERS, (name, arch, registers)
-
-
-def _kernels(path: Path) -> dict[str, str]:
-    """SASS by kernel, of all architectures in a file; skips where the disassembler of Triton's wheel is missing."""
-    triton = pytest.importorskip("triton", reason="its wheel brings the disassembler")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.is_file():
-        pytest.skip("this Triton has no cuobjdump")
-    kernels: dict[str, str] = {}
-    arch = None
-    for part in re.split(r"(?m)^(?=\s*(?:Function :|arch =))", _call([str(tool), "--dump-sass", str(path)])):
-        if match := re.match(r"\s*arch = (\w+)", part):
-            arch = match[1]
-        elif match := re.match(r"\s*Function : (\w+)", part):
-            kernels[f"{arch} {match[1]}"] = part
-    return kernels
-
-
-def test_wide_kernels_move_16_bytes_at_a_time(objects):
-    copies, adamws = (_kernels(objects[name][0]) for name in ("block_copy", "block_adamw"))
-    # The last template argument, N, is 1 in the kernels for single elements.
-    wide = {name: sass for name, sass in copies.items() if "copy_kernel" in name and "Li1EEE" not in name}
-    assert len(wide) == 36 * len(ARCHITECTURES) and len(adamws) == 18 * len(ARCHITECTURES)
-    for name, sass in wide.items():
-        assert "LDG.E.128" in sass and set(re.findall(r"STG\.E\S*", sass)) == {"STG.E.128"}, name
-    for name, sass in adamws.items():
-        assert "LDG.E.128" in sass and not re.search(r"\b(LDL|STL|ATOM|ATOMG|RED)\b", sass), name
-        if "kernelIfff" in name:
-            # Two accesses each of p, g, m and v, all but g written.
-            assert sass.count("LDG.E.128") == 8 and sass.count("STG.E.128") == 6
-
-
-def test_the_library_registers_every_operation(objects, tmp_path):
-    stub = tmp_path / "stub.c"
-    stub.write_text(STUB)
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    _call(
-        [compiler, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", str(stub)]
-        + ["-o", f"{tmp_path}/libtorch_cuda.so"]
-    )
-    torch_libraries = Path(torch.__file__).parent / "lib"
-    library = tmp_path / "_C_cuda.so"
-    _call(
-        [NVCC, "-shared", "-o", str(library), *(str(path) for path, _ in objects.values())]
-        + [f"-L{tmp_path}", f"-L{torch_libraries}", "-ltorch_cuda", "-ltorch_cpu", "-ltorch"]
-        + ["-Xlinker", "--no-undefined", "-gencode=arch=compute_90a,code=sm_90a"]
-    )
-    operations = sorted(Path(reference.__file__).resolve().parents[1].glob("_C.*so"))
-    if not operations:
-        pytest.skip("smt_peft._C, which defines the operations, is not built")
-    script = f"""
-import torch
-torch.ops.load_library({str(operations[0])!r})
-for op in {OPS}:
-    assert not torch._C._dispatch_has_kernel_for_dispatch_key("smt_native::" + op, "CUDA"), op
-torch.ops.load_library({str(library)!r})
-for op in {OPS}:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("smt_native::" + op, "CUDA"), op
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
